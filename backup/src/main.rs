@@ -1,0 +1,3 @@
+//! The `understudy-backup` binary.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The `understudy-primary` binary.
+
+fn main() {}
