@@ -6,5 +6,6 @@
 pub mod checksum;
 pub mod mutant;
 pub mod record;
+pub mod state;
 pub mod storage;
 pub mod types;

@@ -3,6 +3,7 @@
 //! This crate knows no service: it opens no socket and keeps no state.
 
 pub mod codec;
+pub mod convert;
 
 /// Package `understudy.v1`.
 #[allow(missing_docs)]
