@@ -1,1 +1,3 @@
-//! Understudy's backup service.
+//! Understudy backup service.
+
+pub mod receiver;

@@ -8,4 +8,5 @@ pub mod mutant;
 pub mod record;
 pub mod state;
 pub mod storage;
+pub mod store;
 pub mod types;

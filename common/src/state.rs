@@ -117,6 +117,8 @@ pub struct NodeState {
     pub clients: BTreeMap<String, ClientState>,
     /// Clients in the order of their last first-seen, for forgetting.
     client_order: VecDeque<String>,
+    /// Live snapshots, internal to this node.
+    pub snapshots: BTreeMap<LayerId, VolumeId>,
     /// Largest volume id ever given.
     pub last_volume: VolumeId,
     /// Largest group id ever given.
@@ -191,6 +193,7 @@ impl NodeState {
                     && let Some(group) = self.groups.get_mut(&spec.group)
                 {
                     group.volumes.retain(|v| v != volume);
+                    self.snapshots.retain(|_, v| v != volume);
                     if group.volumes.is_empty() {
                         self.groups.remove(&spec.group);
                     }
@@ -202,11 +205,17 @@ impl NodeState {
                 }
             }
             Control::CreateSnapshot { layers } => {
-                for (_, layer) in layers {
+                for (volume, layer) in layers {
+                    self.snapshots.insert(*layer, *volume);
                     self.last_layer = self.last_layer.max(*layer);
                 }
             }
-            Control::DeleteSnapshot { .. } | Control::RollBack { .. } => {}
+            Control::DeleteSnapshot { layers } => {
+                for layer in layers {
+                    self.snapshots.remove(layer);
+                }
+            }
+            Control::RollBack { .. } => {}
         }
     }
 }

@@ -1,1 +1,4 @@
-//! Understudy's primary service.
+//! Understudy primary service.
+
+pub mod engine;
+pub mod sender;

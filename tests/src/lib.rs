@@ -1,1 +1,3 @@
 //! Harness for whole-system tests.
+
+pub mod sim;

@@ -1,0 +1,496 @@
+//! Admission: space is reserved, the record gets its LSN, and reads see it - one step under the front lock.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+use thiserror::Error;
+
+use crate::{
+    journal::{AppendError, Class},
+    pool::{NoSpace, Reservation},
+    record::{ClientSequence, Control, Op, Record, WriteData},
+    state::{NodeState, SequenceCheck},
+    types::{BlockRange, GroupId, Lsn, Position, SegmentId, VolumeId, VolumeSpec},
+};
+
+use super::{Entry, Failed, Front, Queued, ReadFailure, Store, Watch, overlay::Content};
+
+/// A change of blocks, in whole blocks.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// New bytes with the checksum of each block.
+    Write {
+        /// Whole blocks.
+        data: Bytes,
+        /// One for each block.
+        crcs: SmallVec<[u32; 2]>,
+    },
+    /// Zeros; the space is given back.
+    Zero {
+        /// Blocks.
+        count: u64,
+    },
+}
+
+/// The answer of admission: not durable yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Submitted {
+    /// Wait until this LSN is durable.
+    pub lsn: Lsn,
+    /// As the primary counts.
+    pub position: Position,
+    /// The group of the record.
+    pub group: GroupId,
+    /// The client's sequence was applied before; nothing was written now.
+    pub duplicate: bool,
+}
+
+/// Why a record was not admitted. Nothing was changed.
+#[derive(Debug, Error)]
+pub enum SubmitError {
+    /// An earlier I/O error.
+    #[error(transparent)]
+    Failed(#[from] Failed),
+    /// No such volume.
+    #[error("volume {0} does not exist")]
+    NoVolume(VolumeId),
+    /// Past the end.
+    #[error("blocks {first}..{end} lie outside of the volume, which has {blocks} blocks")]
+    OutOfRange {
+        /// First block of the request.
+        first: u64,
+        /// One behind the last.
+        end: u64,
+        /// Size of the volume.
+        blocks: u64,
+    },
+    /// The data is not a whole number of blocks.
+    #[error("{bytes} bytes are not {blocks} whole blocks of {block_bytes} bytes")]
+    Shape {
+        /// Bytes given.
+        bytes: usize,
+        /// Checksums given.
+        blocks: usize,
+        /// Size of a block.
+        block_bytes: u32,
+    },
+    /// A sequence too far in the past to know whether it was applied.
+    #[error(
+        "client sequence {sequence} is more than 1024 below the highest one seen ({highest}): whether it was applied is not known any more"
+    )]
+    SequenceTooOld {
+        /// Of the request.
+        sequence: u64,
+        /// Of the client.
+        highest: u64,
+    },
+    /// The pool has no place for it.
+    #[error(transparent)]
+    Space(#[from] NoSpace),
+    /// The staging area is full.
+    #[error(
+        "the staging area holds {span} of {capacity} bytes and {needed} more are needed: wait until the backup has caught up, or raise [staging] capacity"
+    )]
+    StagingFull {
+        /// For this record.
+        needed: u64,
+        /// In use.
+        span: u64,
+        /// Of the area.
+        capacity: u64,
+    },
+    /// Larger than a journal file.
+    #[error("a record of {needed} bytes is larger than the journal takes ({max} bytes): write smaller pieces")]
+    TooLarge {
+        /// Of the record.
+        needed: u64,
+        /// Of the journal.
+        max: u64,
+    },
+}
+
+/// Why a change of a part of a block was not admitted.
+#[derive(Debug, Error)]
+pub enum ModifyError {
+    /// What was there could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadFailure),
+    /// The result was refused.
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+}
+
+impl Store {
+    /// Admits a change of blocks of the primary's client.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing was changed then.
+    pub fn submit(
+        &self,
+        volume: VolumeId,
+        first_block: u64,
+        change: Change,
+        client: Option<ClientSequence>,
+        time_unix_ms: i64,
+    ) -> Result<Submitted, SubmitError> {
+        let mut front = self.front.lock();
+        self.submit_locked(&mut front, volume, first_block, change, client, time_unix_ms)
+    }
+
+    fn submit_locked(
+        &self,
+        front: &mut Front,
+        volume: VolumeId,
+        first_block: u64,
+        change: Change,
+        client: Option<ClientSequence>,
+        time_unix_ms: i64,
+    ) -> Result<Submitted, SubmitError> {
+        front.check()?;
+        let spec = front.state.volumes.get(&volume).ok_or(SubmitError::NoVolume(volume))?;
+        let group = spec.group;
+        if let Some(request) = &client
+            && !crate::mutant::Mutant::NoSequenceCheck.on()
+        {
+            match front.state.check_sequence(request) {
+                SequenceCheck::Fresh => {}
+                SequenceCheck::Applied(lsn) => {
+                    let position = Position { generation: front.identity.generation, lsn };
+                    return Ok(Submitted { lsn, position, group, duplicate: true });
+                }
+                SequenceCheck::TooOld { highest } => {
+                    return Err(SubmitError::SequenceTooOld { sequence: request.sequence, highest });
+                }
+            }
+        }
+        let block_size = spec.block_size;
+        let place = spec.ack == crate::types::AckRule::Primary;
+        let op = match change {
+            Change::Write { data, crcs } => {
+                Op::Write { volume, first_block, block_size, crcs, data: WriteData::Inline(data) }
+            }
+            Change::Zero { count } => Op::Zero(BlockRange { volume, first: first_block, count }),
+        };
+        let record = Record {
+            position: Position { generation: front.identity.generation, lsn: front.journal.next_lsn() },
+            previous: front.state.groups.get(&group).map_or(Lsn::ZERO, |g| g.position.lsn),
+            group,
+            lane: 0,
+            time_unix_ms,
+            client,
+            op,
+        };
+        self.admit(front, record, place)
+    }
+
+    /// Reads blocks, changes them with `modify` and admits the result, as if nobody could write them in between.
+    ///
+    /// # Errors
+    /// What reading or admission refuses; nothing was changed then.
+    pub fn submit_modified(
+        &self,
+        range: BlockRange,
+        client: Option<&ClientSequence>,
+        time_unix_ms: i64,
+        modify: &dyn Fn(&mut [u8]),
+    ) -> Result<Submitted, ModifyError> {
+        let id = {
+            let mut front = self.front.lock();
+            front.watch_id += 1;
+            let id = front.watch_id;
+            front.watches.push(Watch { range, touched: false, id });
+            id
+        };
+        let result = loop {
+            let read = match self.read(range.volume, range.first, range.count) {
+                Ok(read) => read,
+                Err(error) => break Err(error.into()),
+            };
+            let mut data = Vec::from(read.data);
+            modify(&mut data);
+            let data = Bytes::from(data);
+            let mut front = self.front.lock();
+            let watch = front.watches.iter_mut().find(|w| w.id == id).expect("it is removed below");
+            if std::mem::take(&mut watch.touched) {
+                continue;
+            }
+            let Some(block_size) = front.state.volumes.get(&range.volume).map(|v| v.block_size) else {
+                break Err(SubmitError::NoVolume(range.volume).into());
+            };
+            let crcs = crate::record::block_crcs(&data, block_size);
+            let change = Change::Write { data, crcs };
+            break self
+                .submit_locked(&mut front, range.volume, range.first, change, client.cloned(), time_unix_ms)
+                .map_err(ModifyError::from);
+        };
+        self.front.lock().watches.retain(|w| w.id != id);
+        result
+    }
+
+    /// Admits a change of the catalogue on the primary.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing was changed then.
+    pub fn submit_control(
+        &self,
+        group: GroupId,
+        control: Control,
+        time_unix_ms: i64,
+    ) -> Result<Submitted, SubmitError> {
+        let mut front = self.front.lock();
+        self.submit_control_locked(&mut front, group, control, time_unix_ms)
+    }
+
+    /// As [`Store::submit_control`], with the change decided under the same lock from the newest state.
+    ///
+    /// # Errors
+    /// What `decide` refuses, or a [`SubmitError`].
+    pub fn submit_decided<E: From<SubmitError>>(
+        &self,
+        time_unix_ms: i64,
+        decide: impl FnOnce(&NodeState) -> Result<(GroupId, Control), E>,
+    ) -> Result<Submitted, E> {
+        let mut front = self.front.lock();
+        let (group, control) = decide(&front.state)?;
+        Ok(self.submit_control_locked(&mut front, group, control, time_unix_ms)?)
+    }
+
+    pub(super) fn submit_control_locked(
+        &self,
+        front: &mut Front,
+        group: GroupId,
+        control: Control,
+        time_unix_ms: i64,
+    ) -> Result<Submitted, SubmitError> {
+        front.check()?;
+        let record = Record {
+            position: Position { generation: front.identity.generation, lsn: front.journal.next_lsn() },
+            previous: front.state.groups.get(&group).map_or(Lsn::ZERO, |g| g.position.lsn),
+            group,
+            lane: 0,
+            time_unix_ms,
+            client: None,
+            op: Op::Control(control),
+        };
+        self.admit(front, record, false)
+    }
+
+    /// Admits a record that came over the stream. Its position stays the primary's.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing was changed then.
+    pub fn submit_replica(&self, record: Record) -> Result<Submitted, SubmitError> {
+        let mut front = self.front.lock();
+        front.check()?;
+        self.admit(&mut front, record, false)
+    }
+
+    fn admit(&self, front: &mut Front, mut record: Record, place: bool) -> Result<Submitted, SubmitError> {
+        let lsn = front.journal.next_lsn();
+        let class = if record.is_data() { Class::Data } else { Class::Control };
+        let blocks = self.check_blocks(front, &record)?;
+        let segments = self.place_large(front, &mut record);
+        let result = self.admit_placed(front, record, lsn, class, blocks, &segments, place);
+        if result.is_err() && !segments.is_empty() {
+            let mut pool = self.pool.lock();
+            for segment in &segments {
+                pool.unpin(*segment);
+            }
+            pool.release_unreferenced(&segments);
+        }
+        result
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one call, split for the clean-up above")]
+    fn admit_placed(
+        &self,
+        front: &mut Front,
+        record: Record,
+        lsn: Lsn,
+        class: Class,
+        blocks: Option<Touched>,
+        segments: &[SegmentId],
+        place: bool,
+    ) -> Result<Submitted, SubmitError> {
+        let reservation = match &blocks {
+            Some(touched) if segments.is_empty() && matches!(record.op, Op::Write { .. }) => {
+                self.reserve(front, touched)?
+            }
+            _ => None,
+        };
+        let referenced_bytes = segments.len() as u64 * u64::from(self.config.pool.segment_bytes);
+        let (head, data) = record.encode();
+        let needed = (head.len() + data.len()) as u64 + referenced_bytes;
+        if class == Class::Data {
+            let span = front.journal.span_bytes() + front.referenced_bytes;
+            let capacity = front.journal.capacity_bytes() - self.config.journal.reserve_bytes;
+            if span + needed > capacity {
+                return Err(SubmitError::StagingFull { needed, span, capacity });
+            }
+        }
+        front.journal.append(head, data, class).map_err(|error| match error {
+            AppendError::Full(full) => {
+                SubmitError::StagingFull { needed: full.needed, span: full.span, capacity: full.capacity }
+            }
+            AppendError::TooLarge { needed, max } => SubmitError::TooLarge { needed, max },
+            AppendError::Poisoned(why) => SubmitError::Failed(Failed(why)),
+        })?;
+        let answer = Submitted { lsn, position: record.position, group: record.group, duplicate: false };
+        front.state.apply(lsn, &record);
+        if self.config.retain && record.group != GroupId::default() {
+            front.retained.on_submitted(record.group, lsn, record.payload_bytes());
+            front.note_time(lsn, record.time_unix_ms);
+        }
+        if !segments.is_empty() {
+            front.referenced.push_back((lsn, segments.to_vec()));
+            front.referenced_bytes += referenced_bytes;
+        }
+        if let Some(touched) = &blocks {
+            let content = match &record.op {
+                Op::Write { crcs, data: WriteData::Inline(data) | WriteData::Segments(_, Some(data)), .. } => {
+                    Content::Data(data.clone(), crcs.clone())
+                }
+                _ => Content::Zeros,
+            };
+            front.overlay.insert(lsn, touched.range, touched.per_segment, touched.block_bytes, &content);
+            if touched.both && self.config.retain {
+                for segment in touched.segments() {
+                    front.unacked_both.insert((touched.range.volume, segment), lsn);
+                }
+            }
+            for watch in &mut front.watches {
+                watch.touched |= watch.range.volume == touched.range.volume
+                    && watch.range.first < touched.range.end()
+                    && touched.range.first < watch.range.end();
+            }
+        }
+        let entry = Arc::new(Entry { lsn, record, place });
+        front.queue_bytes += entry.memory_bytes();
+        front.queue_hazards += usize::from(is_hazard(&entry.record));
+        if self.config.retain {
+            front.tail_bytes += entry.memory_bytes();
+            front.tail.push_back(Arc::clone(&entry));
+            while front.tail_bytes > self.config.tail_bytes
+                && let Some(oldest) = front.tail.pop_front()
+            {
+                front.tail_bytes -= oldest.memory_bytes();
+            }
+        }
+        front.queue.push_back(Queued { entry, _reservation: reservation });
+        self.work.notify_one();
+        Ok(answer)
+    }
+
+    /// The blocks a record changes, checked against the volume; `None` for control records.
+    fn check_blocks(&self, front: &Front, record: &Record) -> Result<Option<Touched>, SubmitError> {
+        let Some(range) = range_of(&record.op) else { return Ok(None) };
+        let spec = front.state.volumes.get(&range.volume).ok_or(SubmitError::NoVolume(range.volume))?;
+        let end = range.first.checked_add(range.count).filter(|end| *end <= spec.block_count() && range.count > 0);
+        if end.is_none() {
+            return Err(SubmitError::OutOfRange {
+                first: range.first,
+                end: range.first.saturating_add(range.count),
+                blocks: spec.block_count(),
+            });
+        }
+        if let Op::Write { crcs, data: WriteData::Inline(data), block_size, .. } = &record.op
+            && (*block_size != spec.block_size || data.len() != crcs.len() * spec.block_size.bytes() as usize)
+        {
+            return Err(SubmitError::Shape {
+                bytes: data.len(),
+                blocks: crcs.len(),
+                block_bytes: spec.block_size.bytes(),
+            });
+        }
+        Ok(Some(Touched::new(range, spec)))
+    }
+
+    /// Gives a large aligned write fresh segments, so that its bytes are written to disk once. Falls back to the
+    /// journal when there are none.
+    fn place_large(&self, front: &Front, record: &mut Record) -> Vec<SegmentId> {
+        let Op::Write { volume, first_block, crcs, data, .. } = &mut record.op else { return Vec::new() };
+        let WriteData::Inline(bytes) = data else { return Vec::new() };
+        let Some(spec) = front.state.volumes.get(volume) else { return Vec::new() };
+        let per_segment = u64::from(spec.blocks_per_segment());
+        let aligned = first_block.is_multiple_of(per_segment) && (crcs.len() as u64).is_multiple_of(per_segment);
+        if bytes.len() < self.config.reference_bytes || !aligned {
+            return Vec::new();
+        }
+        let mut pool = self.pool.lock();
+        let Ok(segments) = pool.allocate_reference(crcs.len() as u64 / per_segment) else { return Vec::new() };
+        for segment in &segments {
+            pool.pin(*segment);
+        }
+        *data = WriteData::Segments(segments.clone(), Some(bytes.clone()));
+        segments
+    }
+
+    /// Reserves the worst case of a write. When space is low, the exact need: an overwrite in place needs none.
+    fn reserve(&self, front: &Front, touched: &Touched) -> Result<Option<Reservation>, SubmitError> {
+        match self.space.reserve(touched.segments().count() as u64) {
+            Ok(reservation) => Ok(Some(reservation)),
+            Err(no_space) => {
+                if front.queue_hazards == 0
+                    && self.pool.lock().allocation_need(touched.range).is_ok_and(|need| need == 0)
+                {
+                    return Ok(None);
+                }
+                Err(no_space.into())
+            }
+        }
+    }
+}
+
+impl Front {
+    pub(super) fn check(&self) -> Result<(), Failed> {
+        self.failed.as_ref().map_or(Ok(()), |why| Err(Failed(why.clone())))
+    }
+}
+
+/// The blocks a record changes.
+fn range_of(op: &Op) -> Option<BlockRange> {
+    match op {
+        Op::Write { volume, first_block, crcs, .. } => {
+            Some(BlockRange { volume: *volume, first: *first_block, count: crcs.len() as u64 })
+        }
+        Op::Zero(range) => Some(*range),
+        Op::Control(_) => None,
+    }
+}
+
+/// The blocks of a record in terms of its volume's geometry.
+pub(super) struct Touched {
+    pub range: BlockRange,
+    pub per_segment: u64,
+    pub block_bytes: usize,
+    /// The volume is acknowledged by both sides.
+    pub both: bool,
+}
+
+impl Touched {
+    fn new(range: BlockRange, spec: &VolumeSpec) -> Self {
+        Self {
+            range,
+            per_segment: u64::from(spec.blocks_per_segment()),
+            block_bytes: spec.block_size.bytes() as usize,
+            both: spec.ack == crate::types::AckRule::Both,
+        }
+    }
+
+    /// `None` for control records and for volumes that are gone.
+    pub fn of(record: &Record, state: &NodeState) -> Option<Self> {
+        let range = range_of(&record.op).filter(|r| r.count > 0)?;
+        state.volumes.get(&range.volume).map(|spec| Self::new(range, spec))
+    }
+
+    /// The virtual segments.
+    pub fn segments(&self) -> std::ops::RangeInclusive<u64> {
+        self.range.first / self.per_segment..=(self.range.end() - 1) / self.per_segment
+    }
+}
+
+/// True for records after which an overwrite may need a new place.
+pub(super) fn is_hazard(record: &Record) -> bool {
+    !matches!(record.op, Op::Write { data: WriteData::Inline(_), .. })
+}

@@ -1,0 +1,159 @@
+//! The threads of a store: journal writer, applier, checkpointer. They only call take, run and finish.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc::{self, RecvTimeoutError, SyncSender},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use super::{CheckpointJob, Store};
+
+/// How often an idle thread looks whether it is to end.
+const IDLE: Duration = Duration::from_millis(100);
+
+/// Counters of the stages, for metrics.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Group commits.
+    pub batches: AtomicU64,
+    /// Time in them, microseconds.
+    pub batch_micros: AtomicU64,
+    /// Records applied.
+    pub applied: AtomicU64,
+    /// Checkpoints.
+    pub checkpoints: AtomicU64,
+    /// Time in them, microseconds.
+    pub checkpoint_micros: AtomicU64,
+    /// Called with the seconds of each group commit.
+    pub on_batch: std::sync::OnceLock<Box<dyn Fn(f64) + Send + Sync>>,
+    /// Called with the seconds of each checkpoint.
+    pub on_checkpoint: std::sync::OnceLock<Box<dyn Fn(f64) + Send + Sync>>,
+}
+
+/// The running threads. Dropping it ends them; what was accepted and is not durable then is not acknowledged.
+pub struct Threads {
+    store: Arc<Store>,
+    stop: Arc<AtomicBool>,
+    handles: Vec<JoinHandle<()>>,
+}
+
+impl Threads {
+    /// Starts the threads of a store.
+    ///
+    /// # Errors
+    /// If the system gives no thread.
+    pub fn start(store: &Arc<Store>) -> std::io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (checkpoints, jobs) = mpsc::sync_channel::<CheckpointJob>(1);
+        let mut threads = Self { store: Arc::clone(store), stop, handles: Vec::new() };
+        threads.spawn("journal", journal)?;
+        threads.spawn("applier", move |store, stop| applier(store, stop, &checkpoints))?;
+        threads.spawn("checkpoint", move |store, stop| checkpointer(store, stop, &jobs))?;
+        Ok(threads)
+    }
+
+    fn spawn(
+        &mut self,
+        name: &str,
+        body: impl FnOnce(&Arc<Store>, &AtomicBool) + Send + 'static,
+    ) -> std::io::Result<()> {
+        let (store, stop) = (Arc::clone(&self.store), Arc::clone(&self.stop));
+        self.handles.push(thread::Builder::new().name(name.into()).spawn(move || body(&store, &stop))?);
+        Ok(())
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        self.store.work.notify_all();
+        self.store.apply_work.notify_all();
+        for handle in self.handles.drain(..) {
+            // A thread that panicked has been reported by the panic hook; the process aborts in release builds.
+            let _ = handle.join();
+        }
+    }
+}
+
+fn journal(store: &Arc<Store>, stop: &AtomicBool) {
+    loop {
+        let job = {
+            let mut front = store.front.lock();
+            loop {
+                if stop.load(Ordering::Acquire) || front.failed.is_some() {
+                    return;
+                }
+                if let Some(job) = store.take_batch_locked(&mut front) {
+                    break job;
+                }
+                store.work.wait_for(&mut front, IDLE);
+            }
+        };
+        let start = Instant::now();
+        let result = job.run();
+        let spent = start.elapsed();
+        store.finish_batch(job, result);
+        store.stats.batches.fetch_add(1, Ordering::Relaxed);
+        store.stats.batch_micros.fetch_add(micros(spent), Ordering::Relaxed);
+        if let Some(observe) = store.stats.on_batch.get() {
+            observe(spent.as_secs_f64());
+        }
+    }
+}
+
+fn applier(store: &Arc<Store>, stop: &AtomicBool, checkpoints: &SyncSender<CheckpointJob>) {
+    loop {
+        if stop.load(Ordering::Acquire) || store.marks.borrow().failed {
+            return;
+        }
+        if let Some(mut job) = store.take_apply() {
+            let records = job.records() as u64;
+            let result = job.run();
+            store.finish_apply(job, result);
+            store.stats.applied.fetch_add(records, Ordering::Relaxed);
+        } else if !store.sweep() {
+            let mut front = store.front.lock();
+            let durable = store.marks.borrow().durable;
+            if front.queue.front().is_none_or(|q| q.entry.lsn > durable) && front.failed.is_none() {
+                store.apply_work.wait_for(&mut front, IDLE);
+            }
+        }
+        if (store.checkpoint_due() || store.space.wants_checkpoint())
+            && let Some(job) = store.take_checkpoint()
+        {
+            // There is room: one is taken at a time. The receiver is gone only while the store ends.
+            let _ = checkpoints.send(job);
+        }
+    }
+}
+
+fn checkpointer(store: &Arc<Store>, stop: &AtomicBool, jobs: &mpsc::Receiver<CheckpointJob>) {
+    loop {
+        if stop.load(Ordering::Acquire) {
+            return;
+        }
+        match jobs.recv_timeout(IDLE) {
+            Ok(job) => {
+                let start = Instant::now();
+                let result = job.run();
+                let spent = start.elapsed();
+                store.finish_checkpoint(job, result);
+                store.stats.checkpoints.fetch_add(1, Ordering::Relaxed);
+                store.stats.checkpoint_micros.fetch_add(micros(spent), Ordering::Relaxed);
+                if let Some(observe) = store.stats.on_checkpoint.get() {
+                    observe(spent.as_secs_f64());
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,297 @@
+//! Opening: the last checkpoint, then every record behind it through the same functions in the same order.
+//!
+//! Time is proportional to the journal since the trim point. Recovery itself may be interrupted anywhere: it changes
+//! nothing that a second one would not do again.
+
+use std::{collections::VecDeque, io, sync::Arc};
+
+use foldhash::fast::RandomState;
+use hashbrown::HashMap;
+use parking_lot::{Condvar, Mutex};
+use thiserror::Error;
+use tokio::sync::watch;
+
+use crate::{
+    catalog::{Catalog, CatalogError},
+    journal::{Journal, JournalError, RecoverError, TrimPoint},
+    pool::{IoPlan, Pool, PoolError},
+    record::{self, Op, Record, WriteData},
+    state::NodeState,
+    storage::Storage,
+    types::{GroupId, Lsn, SegmentId, Uid, VolumeId},
+};
+
+use super::{
+    Front, Identity, Marks, Retained, Role, Root, Store, StoreConfig,
+    admission::Touched,
+    apply::{Applier, plan_record},
+    checkpoint::{ROOT, write_root},
+    driver::Stats,
+    overlay::Overlay,
+};
+
+/// Key of the identity in the catalogue.
+pub(super) const IDENTITY: &str = "identity";
+/// File of the catalogue.
+const CATALOG: &str = "catalog.redb";
+/// Payload replayed before it is written.
+const REPLAY_BYTES: usize = 8 << 20;
+
+/// What opening did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Recovery {
+    /// True for a directory that was empty.
+    pub created: bool,
+    /// Records replayed behind the checkpoint.
+    pub replayed: u64,
+    /// Records found in the journal.
+    pub records: u64,
+    /// Bytes of the journal that were read.
+    pub bytes: u64,
+    /// Bytes of a torn tail that were dropped: none of them was ever acknowledged.
+    pub dropped_bytes: u64,
+    /// The journal's epoch from now on.
+    pub epoch: u64,
+}
+
+/// Why a store does not open.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// The directory belongs to the other half of a pair.
+    #[error(
+        "this directory belongs to a {found}, not to a {wanted}: start understudy-{found} on it, or name another data_dir"
+    )]
+    Role {
+        /// In the directory.
+        found: Role,
+        /// Of this binary.
+        wanted: Role,
+    },
+    /// The catalogue.
+    #[error("catalogue: {0}")]
+    Catalog(#[from] CatalogError),
+    /// What the catalogue holds is not understood.
+    #[error("catalogue entry {key:?} is not understood ({why}): was it written by a newer version?")]
+    Root {
+        /// Which entry.
+        key: &'static str,
+        /// The parser's words.
+        why: String,
+    },
+    /// The devices.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] RecoverError),
+    /// The journal's first sync of the new epoch.
+    #[error(transparent)]
+    Start(#[from] JournalError),
+    /// Files.
+    #[error("storage: {0}")]
+    Io(#[from] io::Error),
+    /// A record cannot be applied.
+    #[error("record {lsn} cannot be replayed: {why}")]
+    Replay {
+        /// Its place.
+        lsn: Lsn,
+        /// What happened.
+        why: String,
+    },
+}
+
+struct Replay {
+    pool: Pool,
+    state: NodeState,
+    applied: Lsn,
+    plan: IoPlan,
+    planned_bytes: usize,
+    retained: Retained,
+    retain: bool,
+    referenced: VecDeque<(Lsn, Vec<SegmentId>)>,
+    unacked_both: HashMap<(VolumeId, u64), Lsn, RandomState>,
+    replayed: u64,
+}
+
+impl Replay {
+    fn on_record(&mut self, lsn: Lsn, record: &Record) -> Result<(), String> {
+        if self.retain && record.group != GroupId::default() && lsn > self.retained.group(record.group).acked {
+            self.retained.on_submitted(record.group, lsn, record.payload_bytes());
+            if let Some(touched) = Touched::of(record, &self.state)
+                && touched.both
+            {
+                for segment in touched.segments() {
+                    self.unacked_both.insert((touched.range.volume, segment), lsn);
+                }
+            }
+        }
+        if let Op::Write { data: WriteData::Segments(segments, _), .. } = &record.op {
+            for segment in segments {
+                self.pool.pin(*segment);
+            }
+            self.referenced.push_back((lsn, segments.clone()));
+        }
+        if lsn <= self.applied {
+            return Ok(());
+        }
+        plan_record(&mut self.pool, record, &mut self.plan).map_err(|e| e.to_string())?;
+        self.planned_bytes += usize::try_from(record.payload_bytes()).unwrap_or(usize::MAX);
+        if self.planned_bytes >= REPLAY_BYTES {
+            self.perform().map_err(|e| e.to_string())?;
+        }
+        self.state.apply(lsn, record);
+        self.applied = lsn;
+        self.replayed += 1;
+        Ok(())
+    }
+
+    fn perform(&mut self) -> io::Result<()> {
+        self.planned_bytes = 0;
+        let mut plan = std::mem::take(&mut self.plan);
+        self.pool.io().perform(&mut plan)
+    }
+}
+
+pub(super) fn open(
+    storage: Arc<dyn Storage>,
+    config: StoreConfig,
+    role: Role,
+    random: &mut dyn FnMut() -> Uid,
+) -> Result<(Arc<Store>, Recovery), OpenError> {
+    let catalog = Catalog::open(Arc::clone(&storage), CATALOG)?;
+    let created = catalog.read()?.meta(IDENTITY)?.is_none();
+    if created {
+        create(&storage, &catalog, &config, role, random)?;
+    }
+    let identity: Identity = load(&catalog, IDENTITY)?;
+    if identity.role != role {
+        return Err(OpenError::Role { found: identity.role, wanted: role });
+    }
+    let root: Root = load(&catalog, ROOT)?;
+    let pool = Pool::open(Arc::clone(&storage), &catalog, identity.instance, &config.pool)?;
+
+    let mut replay = Replay {
+        pool,
+        state: root.state,
+        applied: root.applied,
+        plan: IoPlan::default(),
+        planned_bytes: 0,
+        retained: Retained::from_acked(&root.acked),
+        retain: config.retain,
+        referenced: VecDeque::new(),
+        unacked_both: HashMap::default(),
+        replayed: 0,
+    };
+    let mut failure = None;
+    let opened = Journal::open(
+        Arc::clone(&storage),
+        identity.instance,
+        config.journal.clone(),
+        root.trim,
+        &record::verify,
+        &mut |raw| {
+            let lsn = raw.lsn;
+            let done = Record::decode(&raw.head, &raw.data)
+                .map_err(|e| e.to_string())
+                .and_then(|record| replay.on_record(lsn, &record));
+            done.map_err(|why| {
+                failure = Some(OpenError::Replay { lsn, why });
+                RecoverError::Stopped { lsn }
+            })
+        },
+    );
+    let (journal, recovered) = match (opened, failure) {
+        (_, Some(failure)) => return Err(failure),
+        (Err(error), None) => return Err(error.into()),
+        (Ok(opened), None) => opened,
+    };
+    replay.perform()?;
+    let recovery = Recovery {
+        created,
+        replayed: replay.replayed,
+        records: recovered.records,
+        bytes: recovered.bytes,
+        dropped_bytes: recovered.dropped_bytes,
+        epoch: recovered.epoch,
+    };
+    let store = assemble(config, catalog, identity, journal, replay);
+    store.drop_readers();
+    Ok((store, recovery))
+}
+
+fn create(
+    storage: &Arc<dyn Storage>,
+    catalog: &Catalog,
+    config: &StoreConfig,
+    role: Role,
+    random: &mut dyn FnMut() -> Uid,
+) -> Result<(), OpenError> {
+    let identity = Identity {
+        role,
+        pair: if role == Role::Primary { random() } else { Uid::default() },
+        instance: random(),
+        generation: u64::from(role == Role::Primary),
+        generation_id: if role == Role::Primary { random() } else { Uid::default() },
+    };
+    Pool::create(Arc::clone(storage), catalog, identity.instance, &config.pool)?;
+    let root = Root {
+        state: NodeState::default(),
+        applied: Lsn::ZERO,
+        trim: TrimPoint::default(),
+        acked: std::collections::BTreeMap::new(),
+    };
+    write_root(catalog, &root, None)?;
+    // The identity comes last: a directory that has one is whole.
+    let json = serde_json::to_vec(&identity).expect("plain data");
+    catalog.write(|txn| txn.put_meta(IDENTITY, &json))?;
+    Ok(())
+}
+
+fn load<T: serde::de::DeserializeOwned>(catalog: &Catalog, key: &'static str) -> Result<T, OpenError> {
+    let json = catalog.read()?.meta(key)?.ok_or_else(|| OpenError::Root { key, why: "it is missing".into() })?;
+    serde_json::from_slice(&json).map_err(|e| OpenError::Root { key, why: e.to_string() })
+}
+
+fn assemble(config: StoreConfig, catalog: Catalog, identity: Identity, journal: Journal, replay: Replay) -> Arc<Store> {
+    let (io, space) = (replay.pool.io(), replay.pool.space());
+    let durable = journal.durable_lsn();
+    let segment_bytes = u64::from(config.pool.segment_bytes);
+    let referenced_bytes = replay.referenced.iter().map(|(_, s)| s.len() as u64 * segment_bytes).sum();
+    let front = Front {
+        identity,
+        journal,
+        state: replay.state.clone(),
+        overlay: Overlay::default(),
+        queue: VecDeque::new(),
+        queue_bytes: 0,
+        queue_hazards: 0,
+        tail: VecDeque::new(),
+        tail_bytes: 0,
+        retained: replay.retained,
+        referenced: replay.referenced,
+        referenced_bytes,
+        failed: None,
+        checkpoint_next: Lsn::ZERO,
+        times: VecDeque::new(),
+        unacked_both: replay.unacked_both,
+        prune_both_at: 0,
+        watches: Vec::new(),
+        watch_id: 0,
+    };
+    let applier =
+        Applier { state: replay.state, applied: durable, in_flight: false, checkpointing: false, sweep: true };
+    let marks = Marks { durable, applied: durable, placed: Lsn::ZERO, releases: 0, failed: false };
+    Arc::new(Store {
+        config,
+        front: Mutex::new(front),
+        work: Condvar::new(),
+        apply_work: Condvar::new(),
+        applier: Mutex::new(applier),
+        pool: Mutex::new(replay.pool),
+        io,
+        space,
+        catalog,
+        marks: watch::channel(marks).0,
+        stats: Stats::default(),
+    })
+}
