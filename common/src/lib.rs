@@ -4,6 +4,7 @@
 //! the simulation can crash between any two calls.
 
 pub mod checksum;
+pub mod journal;
 pub mod mutant;
 pub mod record;
 pub mod state;

@@ -5,9 +5,17 @@
 //! renamed or removed name is durable after [`Storage::sync_dir`] of its directory; after a failed sync the state of
 //! the file is unknown. Names are relative to the root of the storage (`journal/0000`), or absolute for devices.
 
+mod real;
+pub mod sim;
+
 use std::{
     io::{self, IoSlice},
     sync::Arc,
+};
+
+pub use self::{
+    real::{DirLock, LockError, RealStorage, lock_dir},
+    sim::SimStorage,
 };
 
 /// How [`Storage::open`] treats a name that exists or does not.

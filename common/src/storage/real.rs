@@ -1,0 +1,325 @@
+//! Real files and block devices behind the storage seam.
+//!
+//! Relative names live below `root`, whose directories are made with mode 0700 and whose files with 0600. Absolute
+//! names are opened as they are: devices of the pool. A block device has the length of its capacity, cannot change it,
+//! and needs no allocation. Deliberately absent: direct I/O, io_uring and retries of anything but `EINTR`.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, IoSlice, Read, Seek, SeekFrom, Write},
+    os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rustix::fs::{FallocateFlags, FlockOperation};
+
+use super::{OpenMode, Storage, StorageFile};
+
+/// Most buffers the kernel takes in one call (`UIO_MAXIOV`).
+const IOVECS_MAX: usize = 1024;
+/// Zeros written by one call.
+static ZEROS: [u8; 256 * 1024] = [0; 256 * 1024];
+
+/// Files below a directory, and devices by absolute name.
+#[derive(Debug, Clone)]
+pub struct RealStorage {
+    root: PathBuf,
+}
+
+impl RealStorage {
+    /// Makes `root` (mode 0700, with its parents) if it does not exist.
+    pub fn new(root: impl Into<PathBuf>) -> io::Result<Self> {
+        let root = root.into();
+        make_dir(&root)?;
+        Ok(Self { root })
+    }
+
+    /// The directory relative names start from.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        // `join` takes an absolute name as it is; an empty one would add a slash.
+        if name.is_empty() { self.root.clone() } else { self.root.join(name) }
+    }
+}
+
+impl Storage for RealStorage {
+    fn open(&self, name: &str, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(mode != OpenMode::ReadOnly).mode(0o600);
+        match mode {
+            OpenMode::Existing | OpenMode::ReadOnly => {}
+            OpenMode::OrCreate => _ = options.create(true),
+            OpenMode::CreateNew => _ = options.create_new(true),
+        }
+        let file = options.open(self.path(name))?;
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{name} is neither a file nor a block device"),
+            ));
+        }
+        Ok(Arc::new(RealFile { file, is_device: kind.is_block_device() }))
+    }
+
+    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        let entries = match fs::read_dir(self.path(dir)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if !entry.file_type()?.is_dir()
+                && let Ok(name) = entry.file_name().into_string()
+            {
+                names.push(name);
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn create_dir(&self, dir: &str) -> io::Result<()> {
+        make_dir(&self.path(dir))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        fs::remove_file(self.path(name))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.path(from), self.path(to))
+    }
+
+    fn sync_dir(&self, dir: &str) -> io::Result<()> {
+        File::open(self.path(dir))?.sync_all()
+    }
+}
+
+fn make_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+struct RealFile {
+    file: File,
+    is_device: bool,
+}
+
+impl RealFile {
+    /// A device has the space it has: asking for more is an error, for less is nothing to do.
+    fn check_device_bounds(&self, end: u64) -> io::Result<()> {
+        let len = self.len()?;
+        if end > len {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("the block device has {len} bytes, {end} are needed"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl StorageFile for RealFile {
+    fn len(&self) -> io::Result<u64> {
+        if self.is_device {
+            // The position is used by nothing else: all I/O names its offset.
+            (&self.file).seek(SeekFrom::End(0))
+        } else {
+            Ok(self.file.metadata()?.len())
+        }
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn write_vectored_at(&self, mut bufs: &mut [IoSlice<'_>], mut offset: u64) -> io::Result<()> {
+        IoSlice::advance_slices(&mut bufs, 0);
+        while !bufs.is_empty() {
+            match rustix::io::pwritev(&self.file, &bufs[..bufs.len().min(IOVECS_MAX)], offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    IoSlice::advance_slices(&mut bufs, written);
+                    offset += written as u64;
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if self.is_device { self.check_device_bounds(len) } else { self.file.set_len(len) }
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = end_of(offset, len)?;
+        if self.is_device {
+            return self.check_device_bounds(end);
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        loop {
+            match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, len) {
+                Ok(()) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                // A file system that cannot reserve: what lies behind the end is written, which takes the space.
+                Err(rustix::io::Errno::OPNOTSUPP) => {
+                    let from = self.len()?.max(offset);
+                    return if from < end { self.write_zeros(from, end - from) } else { Ok(()) };
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    fn write_zeros(&self, mut offset: u64, len: u64) -> io::Result<()> {
+        let end = end_of(offset, len)?;
+        while offset < end {
+            let n = usize::try_from(end - offset).map_or(ZEROS.len(), |rest| rest.min(ZEROS.len()));
+            self.file.write_all_at(&ZEROS[..n], offset)?;
+            offset += n as u64;
+        }
+        Ok(())
+    }
+}
+
+fn end_of(offset: u64, len: u64) -> io::Result<u64> {
+    offset.checked_add(len).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the range ends behind 2^64"))
+}
+
+/// Why a data directory could not be locked.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another process works in it.
+    #[error("{dir} is in use by {owner}; stop it, or use another data directory", dir = dir.display())]
+    Held {
+        /// The directory.
+        dir: PathBuf,
+        /// Who holds it: `process 7` or `another process`.
+        owner: String,
+    },
+    /// The lock file could not be made or locked.
+    #[error("cannot lock {dir}: {source}", dir = dir.display())]
+    Io {
+        /// The directory.
+        dir: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// A locked data directory; free again when this is dropped or the process ends.
+#[derive(Debug)]
+pub struct DirLock {
+    _file: File,
+}
+
+/// Takes `root` for this process alone, by `flock` on the file `LOCK` in it, which names the process. Makes `root`.
+pub fn lock_dir(root: &Path) -> Result<DirLock, LockError> {
+    let io_error = |source| LockError::Io { dir: root.to_owned(), source };
+    make_dir(root).map_err(io_error)?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let mut file = options.open(root.join("LOCK")).map_err(io_error)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut text = String::new();
+            let pid = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse::<u32>().ok());
+            let owner = pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));
+            return Err(LockError::Held { dir: root.to_owned(), owner });
+        }
+        Err(e) => return Err(io_error(e.into())),
+    }
+    file.set_len(0).and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes())).map_err(io_error)?;
+    Ok(DirLock { _file: file })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn vectored_write_takes_more_buffers_than_one_call() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = RealStorage::new(dir.path().join("data")).unwrap();
+        let file = storage.open("f", OpenMode::CreateNew).unwrap();
+        let parts: Vec<Vec<u8>> = (0..3000usize).map(|i| vec![i.to_le_bytes()[0]; i % 7]).collect();
+        let mut slices: Vec<_> = parts.iter().map(|p| IoSlice::new(p)).collect();
+        file.write_vectored_at(&mut slices, 10).unwrap();
+        let expected = parts.concat();
+        let mut read = vec![0; expected.len()];
+        file.read_exact_at(&mut read, 10).unwrap();
+        assert_eq!(read, expected);
+        assert_eq!(file.len().unwrap(), 10 + expected.len() as u64);
+    }
+
+    #[test]
+    fn names_live_below_the_root_with_private_modes() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = RealStorage::new(dir.path().join("data")).unwrap();
+        storage.create_dir("a/b").unwrap();
+        storage.open("a/b/two", OpenMode::CreateNew).unwrap();
+        storage.open("a/b/one", OpenMode::OrCreate).unwrap();
+        storage.sync_dir("a/b").unwrap();
+        storage.sync_dir("").unwrap();
+        assert_eq!(storage.list("a/b").unwrap(), ["one", "two"]);
+        assert_eq!(storage.list("a").unwrap(), [""; 0]);
+        assert_eq!(storage.list("absent").unwrap(), [""; 0]);
+        storage.rename("a/b/one", "a/b/two").unwrap();
+        storage.remove("a/b/two").unwrap();
+        assert_eq!(storage.open("a/b/two", OpenMode::Existing).err().map(|e| e.kind()), Some(io::ErrorKind::NotFound));
+        assert!(storage.open("a", OpenMode::ReadOnly).is_err());
+        storage.open("f", OpenMode::CreateNew).unwrap();
+        let mode = |name: &str| fs::metadata(dir.path().join(name)).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode("data"), mode("data/a/b"), mode("data/f")), (0o700, 0o700, 0o600));
+    }
+
+    #[test]
+    fn allocation_and_zeros_extend_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = RealStorage::new(dir.path()).unwrap();
+        let file = storage.open("f", OpenMode::CreateNew).unwrap();
+        file.allocate(0, 8192).unwrap();
+        file.write_all_at(&[7; 8192], 0).unwrap();
+        file.write_zeros(4096, 600_000).unwrap();
+        file.sync_data().unwrap();
+        assert_eq!(file.len().unwrap(), 604_096);
+        let mut buf = [1; 2];
+        file.read_exact_at(&mut buf, 4095).unwrap();
+        assert_eq!(buf, [7, 0]);
+        file.set_len(1).unwrap();
+        assert_eq!(file.read_exact_at(&mut buf, 0).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert!(storage.open("f", OpenMode::ReadOnly).unwrap().write_all_at(&[1], 0).is_err());
+        assert!(file.allocate(u64::MAX, 2).is_err());
+    }
+
+    #[test]
+    fn a_directory_is_locked_once_and_names_its_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = lock_dir(dir.path()).unwrap();
+        let message = lock_dir(dir.path()).unwrap_err().to_string();
+        assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
+        drop(lock);
+        lock_dir(dir.path()).unwrap();
+    }
+}
