@@ -361,7 +361,7 @@ fn accept(store: &Store, session: &mut Session, record: &Record) -> Result<Optio
     }
     match store.submit_replica(record.clone()) {
         Ok(submitted) => Ok(Some(submitted.lsn)),
-        Err(SubmitError::Space(no_space)) if no_space.quarantined > 0 || no_space.can_grow => {
+        Err(SubmitError::Space(no_space)) if no_space.quarantined > 0 || no_space.can_grow > 0 => {
             Err(FrameRefusal::Busy(SubmitError::Space(no_space)))
         }
         Err(error @ SubmitError::StagingFull { .. }) => Err(FrameRefusal::Busy(error)),

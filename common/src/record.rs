@@ -220,6 +220,16 @@ impl Record {
     /// # Errors
     /// If the bytes are not those of a record.
     pub fn decode(head: &[u8], data: &Bytes) -> Result<Self, DecodeError> {
+        let mut record = Self::decode_head(head)?;
+        if let Op::Write { block_size, crcs, data: WriteData::Inline(bytes), .. } = &mut record.op {
+            check_blocks(data, *block_size, crcs)?;
+            *bytes = data.clone();
+        }
+        Ok(record)
+    }
+
+    /// The record of a head; the data of an inline write is left empty.
+    fn decode_head(head: &[u8]) -> Result<Self, DecodeError> {
         let mut buf = head;
         let need = |buf: &[u8], n: usize| if buf.len() < n { Err(DecodeError::Short(head.len())) } else { Ok(()) };
         need(buf, PREFIX_BYTES)?;
@@ -250,8 +260,7 @@ impl Record {
                 need(buf, count.saturating_mul(4))?;
                 let crcs = (0..count).map(|_| buf.get_u32_le()).collect();
                 let data = if kind == KIND_WRITE {
-                    check_blocks(data, block_size, &crcs)?;
-                    WriteData::Inline(data.clone())
+                    WriteData::Inline(Bytes::new())
                 } else {
                     if !buf.len().is_multiple_of(8) {
                         return Err(DecodeError::Field("segments"));
@@ -318,7 +327,10 @@ pub fn block_crcs(data: &[u8], block_size: BlockSize) -> SmallVec<[u32; 2]> {
 #[must_use]
 pub fn verify(head: &[u8], data: &[u8]) -> bool {
     match head.first() {
-        Some(&KIND_WRITE) => Record::decode(head, &Bytes::copy_from_slice(data)).is_ok(),
+        Some(&KIND_WRITE) => match Record::decode_head(head) {
+            Ok(Record { op: Op::Write { block_size, crcs, .. }, .. }) => check_blocks(data, block_size, &crcs).is_ok(),
+            _ => false,
+        },
         _ => data.is_empty(),
     }
 }

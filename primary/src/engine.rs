@@ -131,15 +131,6 @@ pub enum ReadContent {
     Zeros(u64),
 }
 
-/// A volume and what it uses.
-#[derive(Debug, Clone)]
-pub struct VolumeInfo {
-    /// What it is.
-    pub spec: VolumeSpec,
-    /// Bytes of its segments.
-    pub allocated_bytes: u64,
-}
-
 /// Bounds on what clients may ask.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -387,7 +378,7 @@ impl Engine {
             }
             match self.try_submit(&spec, &request) {
                 Err(EngineError::Full(why)) => {
-                    self.inner.store.space().request_checkpoint();
+                    self.inner.store.request_checkpoint();
                     self.inner.store.request_growth();
                     self.wait_room(&mut marks, until, &why).await?;
                 }
@@ -671,7 +662,7 @@ impl Engine {
         block_bytes: u32,
         ack: AckRule,
         away: AwayRule,
-    ) -> Result<VolumeInfo, EngineError> {
+    ) -> Result<VolumeSpec, EngineError> {
         check_name("volume", name)?;
         let group_name = if group.is_empty() { name } else { group };
         check_name("group", group_name)?;
@@ -710,14 +701,14 @@ impl Engine {
             Ok((group, Control::CreateVolume { spec }))
         })?;
         self.wait_control(submitted).await?;
-        Ok(VolumeInfo { spec: made.expect("decided above"), allocated_bytes: 0 })
+        Ok(made.expect("decided above"))
     }
 
     /// Grows a volume. Returns when that is durable.
     ///
     /// # Errors
     /// See [`EngineError`].
-    pub async fn resize_volume(&self, volume: &VolumeKey, size_bytes: u64) -> Result<VolumeInfo, EngineError> {
+    pub async fn resize_volume(&self, volume: &VolumeKey, size_bytes: u64) -> Result<VolumeSpec, EngineError> {
         let id = self.spec(volume)?.id;
         let submitted = self.inner.store.submit_decided(unix_ms(), |state: &NodeState| {
             let spec = state.volumes.get(&id).ok_or_else(|| EngineError::NoVolume(id.to_string()))?;
@@ -761,7 +752,7 @@ impl Engine {
         volume: &VolumeKey,
         ack: AckRule,
         away: Option<AwayRule>,
-    ) -> Result<VolumeInfo, EngineError> {
+    ) -> Result<VolumeSpec, EngineError> {
         let id = self.spec(volume)?.id;
         let submitted = self.inner.store.submit_decided(unix_ms(), |state: &NodeState| {
             let spec = state.volumes.get(&id).ok_or_else(|| EngineError::NoVolume(id.to_string()))?;
@@ -779,12 +770,8 @@ impl Engine {
 
     /// All volumes, by id.
     #[must_use]
-    pub fn volumes(&self) -> Vec<VolumeInfo> {
-        let specs: Vec<VolumeSpec> = self.inner.store.with_state(|s| s.volumes.values().cloned().collect());
-        specs
-            .into_iter()
-            .map(|spec| VolumeInfo { allocated_bytes: self.inner.store.allocated_bytes(spec.id), spec })
-            .collect()
+    pub fn volumes(&self) -> Vec<VolumeSpec> {
+        self.inner.store.with_state(|s| s.volumes.values().cloned().collect())
     }
 
     /// Groups with the names of their volumes.
@@ -805,9 +792,8 @@ impl Engine {
     ///
     /// # Errors
     /// If it does not exist.
-    pub fn info(&self, volume: &VolumeKey) -> Result<VolumeInfo, EngineError> {
-        let spec = self.spec(volume)?;
-        Ok(VolumeInfo { allocated_bytes: self.inner.store.allocated_bytes(spec.id), spec })
+    pub fn info(&self, volume: &VolumeKey) -> Result<VolumeSpec, EngineError> {
+        self.spec(volume)
     }
 
     fn spec(&self, volume: &VolumeKey) -> Result<VolumeSpec, EngineError> {

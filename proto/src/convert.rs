@@ -95,9 +95,9 @@ pub fn uid(field: &'static str, bytes: &[u8]) -> Result<Uid, InvalidField> {
     Uid::from_slice(bytes).ok_or_else(|| invalid(field, format!("{} bytes where 16 are needed", bytes.len())))
 }
 
-/// A volume on the wire; `allocated_bytes` is for answers to clients.
+/// A volume on the wire.
 #[must_use]
-pub fn volume_to_wire(spec: &VolumeSpec, allocated_bytes: u64) -> v1::Volume {
+pub fn volume_to_wire(spec: &VolumeSpec) -> v1::Volume {
     v1::Volume {
         id: spec.id.0,
         name: spec.name.clone(),
@@ -108,7 +108,6 @@ pub fn volume_to_wire(spec: &VolumeSpec, allocated_bytes: u64) -> v1::Volume {
         segment_bytes: spec.segment_bytes,
         ack: v1::AckRule::from(spec.ack).into(),
         away: v1::AwayRule::from(spec.away).into(),
-        allocated_bytes,
     }
 }
 
@@ -156,7 +155,7 @@ pub fn record_to_wire(session: &Bytes, ship: u64, record: &Record, data: Bytes) 
             Wire::Zero(v1::ZeroOp { volume_id: range.volume.0, first_block: range.first, block_count: range.count })
         }
         Op::Control(Control::CreateVolume { spec }) => {
-            Wire::Create(v1::CreateOp { volume: Some(volume_to_wire(spec, 0)) })
+            Wire::Create(v1::CreateOp { volume: Some(volume_to_wire(spec)) })
         }
         Op::Control(Control::ResizeVolume { volume, size_bytes }) => {
             Wire::Resize(v1::ResizeOp { volume_id: volume.0, size_bytes: *size_bytes })

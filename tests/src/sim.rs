@@ -120,7 +120,15 @@ impl Node {
             pending_bytes: 1 << 20,
             retain: role == Role::Primary,
         };
-        Self { role, disk: SimStorage::new(), store: None, batch: None, apply: None, checkpoint: None, config }
+        Self {
+            role,
+            disk: SimStorage::new(rng.random()),
+            store: None,
+            batch: None,
+            apply: None,
+            checkpoint: None,
+            config,
+        }
     }
 
     fn store(&self) -> &Arc<Store> {
@@ -129,12 +137,13 @@ impl Node {
 
     /// Loses the process, and with `power` everything that was not synced.
     fn crash(&mut self, rng: &mut Pcg64Mcg, power: bool) {
-        (self.batch, self.apply, self.checkpoint, self.store) = (None, None, None, None);
         if power {
             self.disk.crash(rng);
         } else {
             self.disk.kill();
         }
+        // Its handles are dead: nothing that ends here tidies up on the disk.
+        (self.batch, self.apply, self.checkpoint, self.store) = (None, None, None, None);
     }
 
     fn open(&mut self, rng: &mut Pcg64Mcg) -> Result<(), String> {
@@ -870,7 +879,7 @@ fn turn(node: &mut Node, rng: &mut Pcg64Mcg, summary: &mut Summary) {
         10 => {
             store.sweep();
             if node.checkpoint.is_none()
-                && (store.checkpoint_due() || store.space().wants_checkpoint() || rng.random_bool(0.1))
+                && (store.checkpoint_due() || store.checkpoint_requested() || rng.random_bool(0.1))
             {
                 node.checkpoint = store.take_checkpoint();
             }

@@ -56,6 +56,12 @@ impl Volume {
 }
 
 impl Pool {
+    /// Blocks of a volume; 0 if the pool does not know it.
+    #[must_use]
+    pub fn block_count(&self, id: VolumeId) -> u64 {
+        self.volumes.get(&id).filter(|v| !v.deleting).map_or(0, |v| v.spec.block_count())
+    }
+
     /// Adds a volume that reads as zeros.
     ///
     /// # Errors

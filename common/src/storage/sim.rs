@@ -166,6 +166,15 @@ impl SimStorage {
         disk.crashed = false;
     }
 
+    /// The process dies and the machine does not: everything written survives, open handles are dead. Ends the plan of
+    /// [`Self::crash_after`].
+    pub fn kill(&self) {
+        let disk = &mut *self.disk.lock();
+        disk.boot += 1;
+        disk.crash_at = None;
+        disk.crashed = false;
+    }
+
     /// The `n`th call of `kind` from now (1 is the next) fails once. A failed write may have had part of its effect; a
     /// failed sync makes an unknown part durable and the rest never.
     pub fn fail_nth(&self, kind: OpKind, n: u64, fault: impl Into<Fault>) {

@@ -16,6 +16,9 @@ use crate::{
 
 use super::{Entry, Failed, Front, Queued, ReadFailure, Store, Watch, overlay::Content};
 
+/// Free segments below which a pool that may grow does so ahead of need.
+const GROW_BELOW: u64 = 512;
+
 /// A change of blocks, in whole blocks.
 #[derive(Debug, Clone)]
 pub enum Change {
@@ -297,7 +300,10 @@ impl Store {
             for segment in &segments {
                 pool.unpin(*segment);
             }
-            pool.release_unreferenced(&segments);
+            if let Err(error) = pool.release_unreferenced(&segments) {
+                drop(pool);
+                self.fail_locked(front, format!("segments that were just allocated cannot be given back: {error}"));
+            }
         }
         result
     }
@@ -330,11 +336,9 @@ impl Store {
             }
         }
         front.journal.append(head, data, class).map_err(|error| match error {
-            AppendError::Full(full) => {
-                SubmitError::StagingFull { needed: full.needed, span: full.span, capacity: full.capacity }
-            }
-            AppendError::TooLarge { needed, max } => SubmitError::TooLarge { needed, max },
-            AppendError::Poisoned(why) => SubmitError::Failed(Failed(why)),
+            AppendError::JournalFull { needed, span, capacity } => SubmitError::StagingFull { needed, span, capacity },
+            AppendError::TooLarge { bytes, limit } => SubmitError::TooLarge { needed: bytes, max: limit },
+            AppendError::Failed(error) => SubmitError::Failed(Failed(error.cause)),
         })?;
         let answer = Submitted { lsn, position: record.position, group: record.group, duplicate: false };
         front.state.apply(lsn, &record);
@@ -417,8 +421,11 @@ impl Store {
         if bytes.len() < self.config.reference_bytes || !aligned {
             return Vec::new();
         }
+        let count = crcs.len() as u64 / per_segment;
+        // Held until they are allocated, so that space promised to others is not taken.
+        let Ok(_reservation) = self.space.reserve(count) else { return Vec::new() };
         let mut pool = self.pool.lock();
-        let Ok(segments) = pool.allocate_reference(crcs.len() as u64 / per_segment) else { return Vec::new() };
+        let Ok(segments) = pool.allocate_reference(count) else { return Vec::new() };
         for segment in &segments {
             pool.pin(*segment);
         }
@@ -429,7 +436,12 @@ impl Store {
     /// Reserves the worst case of a write. When space is low, the exact need: an overwrite in place needs none.
     fn reserve(&self, front: &Front, touched: &Touched) -> Result<Option<Reservation>, SubmitError> {
         match self.space.reserve(touched.segments().count() as u64) {
-            Ok(reservation) => Ok(Some(reservation)),
+            Ok(reservation) => {
+                if self.space.free().saturating_sub(self.space.reserved()) < GROW_BELOW {
+                    self.request_growth();
+                }
+                Ok(Some(reservation))
+            }
             Err(no_space) => {
                 if front.queue_hazards == 0
                     && self.pool.lock().allocation_need(touched.range).is_ok_and(|need| need == 0)

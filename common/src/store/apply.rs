@@ -169,7 +169,7 @@ impl Store {
         if entries.is_empty() {
             return None;
         }
-        let mut plan = IoPlan::default();
+        let mut plan = IoPlan::new();
         let mut sync = false;
         {
             let mut pool = self.pool.lock();
@@ -263,25 +263,18 @@ pub(super) fn plan_record(
             pool.plan_reference(*volume, *first_block, segments)
         }
         Op::Zero(range) => pool.plan_zero(range.volume, range.first, range.count),
-        Op::Control(control) => {
-            match control {
-                Control::CreateVolume { spec } => pool.create_volume(spec),
-                Control::ResizeVolume { volume, size_bytes } => pool.grow_volume(*volume, *size_bytes),
-                Control::DeleteVolume { volume } => pool.delete_volume(*volume),
-                Control::SetAckRule { .. } => {}
-                Control::CreateSnapshot { layers } => {
-                    for (volume, layer) in layers {
-                        pool.create_snapshot(*volume, *layer);
-                    }
-                }
-                Control::DeleteSnapshot { layers } => layers.iter().for_each(|l| pool.delete_snapshot(*l)),
-                Control::RollBack { layers } => {
-                    for (volume, layer) in layers {
-                        pool.roll_back(*volume, *layer);
-                    }
-                }
-            }
-            Ok(())
-        }
+        Op::Control(control) => match control {
+            Control::CreateVolume { spec } => pool.create_volume(spec),
+            Control::ResizeVolume { volume, size_bytes } => pool.grow_volume(*volume, *size_bytes),
+            Control::DeleteVolume { volume } => pool.delete_volume(*volume),
+            Control::SetAckRule { .. } => Ok(()),
+            Control::CreateSnapshot { layers } => layers.iter().try_for_each(|(v, l)| pool.create_snapshot(*v, *l)),
+            Control::DeleteSnapshot { layers } => layers.iter().try_for_each(|l| match pool.delete_snapshot(*l) {
+                // It went with its volume.
+                Err(crate::pool::PoolError::NoSnapshot(_)) => Ok(()),
+                other => other,
+            }),
+            Control::RollBack { layers } => layers.iter().try_for_each(|(v, l)| pool.roll_back(*v, *l)),
+        },
     }
 }

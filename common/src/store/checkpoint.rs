@@ -4,7 +4,9 @@
 //! exact about that record. The order is devices, then one commit of the catalogue that carries segment maps, live
 //! counts, state and the new trim point together; only then is the journal trimmed and are freed segments reusable.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
+
+use thiserror::Error;
 
 use crate::{
     catalog::CatalogError,
@@ -17,6 +19,17 @@ use super::{Root, Store};
 
 /// Key of the root in the catalogue.
 pub(super) const ROOT: &str = "root";
+
+/// Why a checkpoint was not made. The one before it stays valid.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    /// The devices could not be synced.
+    #[error("syncing the devices: {0}")]
+    Devices(io::Error),
+    /// The catalogue could not be committed.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+}
 
 /// A checkpoint on its way to the catalogue.
 pub struct CheckpointJob {
@@ -31,11 +44,11 @@ impl CheckpointJob {
     ///
     /// # Errors
     /// If a sync or the commit failed; the checkpoint before it stays the valid one.
-    pub fn run(&self) -> Result<(), CatalogError> {
+    pub fn run(&self) -> Result<(), CheckpointError> {
         if !Mutant::RootBeforeDevices.on() {
-            self.io.sync_devices().map_err(CatalogError::from)?;
+            self.io.sync_devices().map_err(CheckpointError::Devices)?;
         }
-        write_root(&self.store.catalog, &self.root, Some(&self.capture))
+        Ok(write_root(&self.store.catalog, &self.root, Some(&self.capture))?)
     }
 }
 
@@ -97,7 +110,7 @@ impl Store {
     }
 
     /// Applies the result of [`CheckpointJob::run`].
-    pub fn finish_checkpoint(&self, job: CheckpointJob, result: Result<(), CatalogError>) {
+    pub fn finish_checkpoint(&self, job: CheckpointJob, result: Result<(), CheckpointError>) {
         if let Err(error) = result {
             self.fail(format!("checkpoint: {error}"));
             return;

@@ -10,13 +10,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use parking_lot::{Condvar, Mutex};
+
 use super::{CheckpointJob, Store};
 
 /// How often an idle thread looks whether it is to end.
 const IDLE: Duration = Duration::from_millis(100);
 
 /// Counters of the stages, for metrics.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Stats {
     /// Group commits.
     pub batches: AtomicU64,
@@ -32,6 +34,53 @@ pub struct Stats {
     pub on_batch: std::sync::OnceLock<Box<dyn Fn(f64) + Send + Sync>>,
     /// Called with the seconds of each checkpoint.
     pub on_checkpoint: std::sync::OnceLock<Box<dyn Fn(f64) + Send + Sync>>,
+}
+
+/// What admission asks of the background.
+#[derive(Debug, Default)]
+pub(super) struct Wants {
+    checkpoint: AtomicBool,
+    growth: Mutex<bool>,
+    growth_work: Condvar,
+}
+
+impl Wants {
+    fn take_checkpoint(&self) -> bool {
+        self.checkpoint.swap(false, Ordering::AcqRel)
+    }
+}
+
+impl Store {
+    /// Asks for a checkpoint, which makes freed segments and journal files reusable.
+    pub fn request_checkpoint(&self) {
+        self.wants.checkpoint.store(true, Ordering::Release);
+        self.apply_work.notify_one();
+    }
+
+    /// True, once, after [`Store::request_checkpoint`].
+    pub fn checkpoint_requested(&self) -> bool {
+        self.wants.take_checkpoint()
+    }
+
+    /// Asks for the pool to grow, if it may.
+    pub fn request_growth(&self) {
+        if self.space.can_grow() > 0 {
+            *self.wants.growth.lock() = true;
+            self.wants.growth_work.notify_one();
+        }
+    }
+
+    /// Grows the pool by one step. True if it grew.
+    pub fn grow(&self) -> bool {
+        let Some(growth) = self.pool.lock().grow() else { return false };
+        let performed = growth.perform();
+        if let Err(error) = &performed {
+            tracing::warn!(%error, "the pool cannot grow");
+        }
+        let gained = self.pool.lock().finish_grow(&growth, &performed);
+        self.marks.send_modify(|_| {});
+        gained > 0
+    }
 }
 
 /// The running threads. Dropping it ends them; what was accepted and is not durable then is not acknowledged.
@@ -53,6 +102,7 @@ impl Threads {
         threads.spawn("journal", journal)?;
         threads.spawn("applier", move |store, stop| applier(store, stop, &checkpoints))?;
         threads.spawn("checkpoint", move |store, stop| checkpointer(store, stop, &jobs))?;
+        threads.spawn("growth", grower)?;
         Ok(threads)
     }
 
@@ -72,6 +122,7 @@ impl Drop for Threads {
         self.stop.store(true, Ordering::Release);
         self.store.work.notify_all();
         self.store.apply_work.notify_all();
+        self.store.wants.growth_work.notify_all();
         for handle in self.handles.drain(..) {
             // A thread that panicked has been reported by the panic hook; the process aborts in release builds.
             let _ = handle.join();
@@ -122,7 +173,7 @@ fn applier(store: &Arc<Store>, stop: &AtomicBool, checkpoints: &SyncSender<Check
                 store.apply_work.wait_for(&mut front, IDLE);
             }
         }
-        if (store.checkpoint_due() || store.space.wants_checkpoint())
+        if (store.checkpoint_due() || store.wants.take_checkpoint())
             && let Some(job) = store.take_checkpoint()
         {
             // There is room: one is taken at a time. The receiver is gone only while the store ends.
@@ -150,6 +201,21 @@ fn checkpointer(store: &Arc<Store>, stop: &AtomicBool, jobs: &mpsc::Receiver<Che
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn grower(store: &Arc<Store>, stop: &AtomicBool) {
+    while !stop.load(Ordering::Acquire) {
+        let wanted = {
+            let mut wanted = store.wants.growth.lock();
+            if !*wanted {
+                store.wants.growth_work.wait_for(&mut wanted, IDLE);
+            }
+            std::mem::take(&mut *wanted)
+        };
+        if wanted {
+            store.grow();
         }
     }
 }

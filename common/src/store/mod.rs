@@ -216,6 +216,7 @@ pub struct Store {
     space: Arc<Space>,
     catalog: Catalog,
     marks: watch::Sender<Marks>,
+    wants: driver::Wants,
     stats: driver::Stats,
 }
 
@@ -418,8 +419,11 @@ impl Store {
         let mut entries = Vec::with_capacity(raw.len());
         for record in raw {
             let lsn = record.lsn;
-            let record = Record::decode(&record.head, &record.data)
-                .map_err(|source| JournalReadError::Invalid { lsn, why: source.to_string() })?;
+            let record = Record::decode(&record.head, &record.data).map_err(|source| JournalReadError::Corrupt {
+                file: format!("the journal ({source})"),
+                offset: 0,
+                lsn,
+            })?;
             entries.push(Arc::new(Entry { lsn, record, place: false }));
         }
         let next = entries.last().map_or(from, |e| e.lsn.next());
@@ -438,12 +442,6 @@ impl Store {
     /// Segments of the pool, for status and tests.
     pub fn with_pool<T>(&self, f: impl FnOnce(&mut Pool) -> T) -> T {
         f(&mut self.pool.lock())
-    }
-
-    /// Bytes a volume has allocated.
-    #[must_use]
-    pub fn allocated_bytes(&self, volume: VolumeId) -> u64 {
-        self.pool.lock().allocated_bytes(volume)
     }
 }
 

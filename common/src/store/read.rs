@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use thiserror::Error;
 
 use crate::{
-    pool::{Piece, PoolError, PoolIo, ReadError},
+    pool::{Piece, Pool, PoolError, PoolIo, ReadError},
     record::{Control, Op, Record, WriteData},
     types::{BlockRange, BlockSize, GroupId, LayerId, Lsn, Position, VolumeId, VolumeSpec},
 };
@@ -147,7 +147,7 @@ impl Store {
         let mut pieces: Vec<Piece> = Vec::new();
         let ticket = {
             let mut pool = self.pool.lock();
-            pool.resolve(volume, layer, first, count, &mut pieces)?;
+            resolve(&mut pool, volume, layer, first, count, &mut pieces)?;
             pool.begin_read()
         };
         let block_bytes = block_size.bytes() as usize;
@@ -160,7 +160,7 @@ impl Store {
         self.pool.lock().end_read(ticket);
         result.map_err(|error| match error {
             ReadError::BadChecksum { block, .. } => ReadFailure::Damaged { volume, block },
-            ReadError::Io(error) => ReadFailure::Io(error),
+            ReadError::Io { source, .. } => ReadFailure::Io(source),
         })
     }
 
@@ -208,7 +208,7 @@ impl Store {
         max: u64,
     ) -> Result<(bool, u64), ReadFailure> {
         let mut pieces: Vec<Piece> = Vec::new();
-        self.pool.lock().resolve(volume, layer, first, max, &mut pieces)?;
+        resolve(&mut self.pool.lock(), volume, layer, first, max, &mut pieces)?;
         let hole = pieces.first().is_none_or(|p| p.at.is_none());
         let count = pieces.iter().take_while(|p| p.at.is_none() == hole).map(|p| p.count).sum::<u64>();
         Ok((hole, count.max(1)))
@@ -316,6 +316,26 @@ impl Drop for ImageReader {
     }
 }
 
+/// As [`Pool::resolve`]; what the pool does not know yet, because the record that made or grew the volume is not
+/// applied, holds nothing.
+fn resolve(
+    pool: &mut Pool,
+    volume: VolumeId,
+    layer: Option<LayerId>,
+    first: u64,
+    count: u64,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), PoolError> {
+    let known = if layer.is_some() { count } else { pool.block_count(volume).saturating_sub(first).min(count) };
+    if known > 0 {
+        pool.resolve(volume, layer, first, known, pieces)?;
+    }
+    if known < count {
+        pieces.push(Piece { first_block: first + known, count: count - known, at: None });
+    }
+    Ok(())
+}
+
 fn check_range(spec: &VolumeSpec, first: u64, count: u64) -> Result<(), ReadFailure> {
     let end = first.saturating_add(count);
     if count == 0 || end > spec.block_count() {
@@ -344,7 +364,7 @@ pub(super) fn payload(io: &PoolIo, record: &Record) -> Result<Bytes, ReadFailure
                 found.clear();
                 io.read(*volume, *block_size, &piece, out, &mut found).map_err(|error| match error {
                     ReadError::BadChecksum { block, .. } => ReadFailure::Damaged { volume: *volume, block },
-                    ReadError::Io(error) => ReadFailure::Io(error),
+                    ReadError::Io { source, .. } => ReadFailure::Io(source),
                 })?;
                 if found[..] != crcs[n * per_segment..][..per_segment] {
                     return Err(ReadFailure::Damaged { volume: *volume, block: piece.first_block });

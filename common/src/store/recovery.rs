@@ -1,5 +1,9 @@
 //! Opening: the last checkpoint, then every record behind it through the same functions in the same order.
 //!
+//! The journal is read twice. The first pass proves it whole before anything is changed, and pins the segments that its
+//! records refer to: a record's segments were taken when it was admitted, which is earlier than its place in the order
+//! says, and replay must not give them to a record before it. The second pass applies.
+//!
 //! Time is proportional to the journal since the trim point. Recovery itself may be interrupted anywhere: it changes
 //! nothing that a second one would not do again.
 
@@ -12,8 +16,8 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 use crate::{
-    catalog::{Catalog, CatalogError},
-    journal::{Journal, JournalError, RecoverError, TrimPoint},
+    catalog::{Catalog, CatalogError, DEFAULT_CACHE_BYTES},
+    journal::{Journal, ReadError, RecoverError, TrimPoint},
     pool::{IoPlan, Pool, PoolError},
     record::{self, Op, Record, WriteData},
     state::NodeState,
@@ -32,8 +36,6 @@ use super::{
 
 /// Key of the identity in the catalogue.
 pub(super) const IDENTITY: &str = "identity";
-/// File of the catalogue.
-const CATALOG: &str = "catalog.redb";
 /// Payload replayed before it is written.
 const REPLAY_BYTES: usize = 8 << 20;
 
@@ -84,9 +86,6 @@ pub enum OpenError {
     /// The journal.
     #[error(transparent)]
     Journal(#[from] RecoverError),
-    /// The journal's first sync of the new epoch.
-    #[error(transparent)]
-    Start(#[from] JournalError),
     /// Files.
     #[error("storage: {0}")]
     Io(#[from] io::Error),
@@ -114,22 +113,29 @@ struct Replay {
 }
 
 impl Replay {
-    fn on_record(&mut self, lsn: Lsn, record: &Record) -> Result<(), String> {
+    /// First pass: what the record holds on to.
+    fn on_found(&mut self, lsn: Lsn, record: &Record) {
         if self.retain && record.group != GroupId::default() && lsn > self.retained.group(record.group).acked {
             self.retained.on_submitted(record.group, lsn, record.payload_bytes());
-            if let Some(touched) = Touched::of(record, &self.state)
-                && touched.both
-            {
-                for segment in touched.segments() {
-                    self.unacked_both.insert((touched.range.volume, segment), lsn);
-                }
-            }
         }
         if let Op::Write { data: WriteData::Segments(segments, _), .. } = &record.op {
             for segment in segments {
                 self.pool.pin(*segment);
             }
             self.referenced.push_back((lsn, segments.clone()));
+        }
+    }
+
+    /// Second pass.
+    fn on_record(&mut self, lsn: Lsn, record: &Record) -> Result<(), String> {
+        if let Some(touched) = Touched::of(record, &self.state)
+            && touched.both
+            && self.retain
+            && !self.retained.group(record.group).holds(lsn)
+        {
+            for segment in touched.segments() {
+                self.unacked_both.insert((touched.range.volume, segment), lsn);
+            }
         }
         if lsn <= self.applied {
             return Ok(());
@@ -142,6 +148,29 @@ impl Replay {
         self.state.apply(lsn, record);
         self.applied = lsn;
         self.replayed += 1;
+        Ok(())
+    }
+
+    fn run(&mut self, journal: &Journal, from: Lsn) -> Result<(), OpenError> {
+        if from > journal.durable_lsn() {
+            return Ok(());
+        }
+        let read = |error: ReadError| OpenError::Replay { lsn: from, why: error.to_string() };
+        let mut reader = journal.reader(from).map_err(read)?;
+        loop {
+            let records = reader.read(journal.durable_lsn(), REPLAY_BYTES).map_err(read)?;
+            if records.is_empty() {
+                break;
+            }
+            for raw in records {
+                let lsn = raw.lsn;
+                Record::decode(&raw.head, &raw.data)
+                    .map_err(|e| e.to_string())
+                    .and_then(|record| self.on_record(lsn, &record))
+                    .map_err(|why| OpenError::Replay { lsn, why })?;
+            }
+        }
+        self.perform()?;
         Ok(())
     }
 
@@ -158,7 +187,7 @@ pub(super) fn open(
     role: Role,
     random: &mut dyn FnMut() -> Uid,
 ) -> Result<(Arc<Store>, Recovery), OpenError> {
-    let catalog = Catalog::open(Arc::clone(&storage), CATALOG)?;
+    let catalog = Catalog::open(&*storage, DEFAULT_CACHE_BYTES)?;
     let created = catalog.read()?.meta(IDENTITY)?.is_none();
     if created {
         create(&storage, &catalog, &config, role, random)?;
@@ -174,7 +203,7 @@ pub(super) fn open(
         pool,
         state: root.state,
         applied: root.applied,
-        plan: IoPlan::default(),
+        plan: IoPlan::new(),
         planned_bytes: 0,
         retained: Retained::from_acked(&root.acked),
         retain: config.retain,
@@ -182,30 +211,25 @@ pub(super) fn open(
         unacked_both: HashMap::default(),
         replayed: 0,
     };
-    let mut failure = None;
-    let opened = Journal::open(
+    let mut oldest = None;
+    let (journal, recovered) = Journal::open(
         Arc::clone(&storage),
         identity.instance,
-        config.journal.clone(),
+        config.journal,
         root.trim,
         &record::verify,
         &mut |raw| {
             let lsn = raw.lsn;
-            let done = Record::decode(&raw.head, &raw.data)
-                .map_err(|e| e.to_string())
-                .and_then(|record| replay.on_record(lsn, &record));
-            done.map_err(|why| {
-                failure = Some(OpenError::Replay { lsn, why });
-                RecoverError::Stopped { lsn }
-            })
+            oldest.get_or_insert(lsn);
+            let record = Record::decode(&raw.head, &raw.data)
+                .map_err(|error| RecoverError::Record { lsn, reason: error.to_string() })?;
+            replay.on_found(lsn, &record);
+            Ok(())
         },
-    );
-    let (journal, recovered) = match (opened, failure) {
-        (_, Some(failure)) => return Err(failure),
-        (Err(error), None) => return Err(error.into()),
-        (Ok(opened), None) => opened,
-    };
-    replay.perform()?;
+    )?;
+    if let Some(oldest) = oldest {
+        replay.run(&journal, oldest)?;
+    }
     let recovery = Recovery {
         created,
         replayed: replay.replayed,
@@ -292,6 +316,7 @@ fn assemble(config: StoreConfig, catalog: Catalog, identity: Identity, journal: 
         space,
         catalog,
         marks: watch::channel(marks).0,
+        wants: super::driver::Wants::default(),
         stats: Stats::default(),
     })
 }
