@@ -229,6 +229,12 @@ impl Journal {
         self.durable_lsn
     }
 
+    /// The failure after which nothing more becomes durable until the journal is opened anew.
+    #[must_use]
+    pub fn failure(&self) -> Option<&JournalError> {
+        self.failed.as_ref()
+    }
+
     /// Queues a record, in memory only. The caller builds `head` with [`Self::next_lsn`].
     pub fn append(&mut self, head: Bytes, data: Bytes, class: Class) -> Result<Lsn, AppendError> {
         if let Some(error) = &self.failed {

@@ -178,7 +178,8 @@ impl Journal {
         let mut free = BTreeMap::new();
         for f in &found {
             if chain.files.iter().all(|used| used.slot.index != f.index) {
-                let is_whole = f.len >= config.file_bytes;
+                // One that was never used may have failed while it was made: it is made again.
+                let is_whole = f.len >= config.file_bytes && f.header.is_some();
                 let slot = if is_whole { Slot::ready(f.index, Arc::clone(&f.file)) } else { Slot::new(f.index) };
                 free.insert(f.index, Arc::new(slot));
             }
@@ -344,10 +345,11 @@ impl Chain {
             self.epoch = header.epoch;
             self.next = header.last_lsn().next();
             self.proven = self.proven.max(header.durable_lsn);
-            self.unproven.push_back((found.index, offset, offset + header.span(), header.last_lsn()));
+            // Before it is pushed: the start of an epoch does not prove itself.
             while self.unproven.front().is_some_and(|(.., last)| *last <= self.proven) {
                 self.unproven.pop_front();
             }
+            self.unproven.push_back((found.index, offset, offset + header.span(), header.last_lsn()));
             self.last_epoch_start = (header.record_count == 0).then_some(offset);
             file.note_batch(header.first_lsn, offset);
             file.end += header.span();
@@ -413,12 +415,12 @@ fn make_durable(storage: &dyn Storage, found: &[Found], chain: &Chain, start: u6
             let bytes = f.window()?.get(from, to - from).map_err(io_error("reading", &name))?;
             f.file.write_all_at(&bytes, from).map_err(io_error("writing", &name))
         };
-        if used.is_some() {
+        if let Some(used) = used {
             for (_, from, to, _) in chain.unproven.iter().filter(|(index, ..)| *index == f.index) {
                 rewrite(*from, *to)?;
-                if *from == SECTOR {
-                    rewrite(0, SECTOR)?;
-                }
+            }
+            if used.end == SECTOR || chain.unproven.iter().any(|(i, from, ..)| (*i, *from) == (f.index, SECTOR)) {
+                rewrite(0, SECTOR)?;
             }
         } else if f.header.is_some_and(|h| h.sequence >= start) {
             f.file.write_zeros(0, SECTOR).map_err(io_error("writing", &name))?;

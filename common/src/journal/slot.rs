@@ -67,6 +67,8 @@ impl Slot {
         }
         let make = || {
             let file = storage.open(&self.name(), OpenMode::OrCreate)?;
+            // A length that a failed sync left in the cache alone is not set again by writing below it.
+            file.set_len(0)?;
             file.write_zeros(0, file_bytes)?;
             file.sync_data()?;
             if !Mutant::NoDirectorySync.on() {

@@ -171,6 +171,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     /// Against a plain vector and, for crashes, the values each byte had since the last sync.
     #[test]
     fn agrees_with_a_naive_model(steps in steps(), seed: u64) {
