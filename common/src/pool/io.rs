@@ -245,20 +245,17 @@ impl PoolIo {
                 continue;
             }
             // The last write of each slot, by number in the group.
-            let mut last = [u16::MAX; 128];
+            let mut last = [u32::MAX; 128];
             for (i, write) in group.iter().enumerate().rev() {
                 for slot in write.first as usize..write.first as usize + write.crcs.len() {
-                    if last[slot] == u16::MAX {
-                        last[slot] = u16::try_from(i).unwrap_or(u16::MAX - 1);
+                    if last[slot] == u32::MAX {
+                        last[slot] = u32::try_from(i).expect("a plan fits into memory");
                     }
                 }
             }
-            if group.len() >= usize::from(u16::MAX) {
-                return Err(io::Error::other("a plan holds too many writes of one segment; perform it earlier"));
-            }
             let mut slot = 0;
             while slot < last.len() {
-                let Some(write) = group.get(usize::from(last[slot])) else {
+                let Some(write) = group.get(last[slot] as usize) else {
                     slot += 1;
                     continue;
                 };
