@@ -392,7 +392,12 @@ impl World {
                 }
                 Ok(())
             }
-            Err(SubmitError::StagingFull { .. } | SubmitError::Space(_) | SubmitError::Failed(_)) => Ok(()),
+            Err(
+                SubmitError::StagingFull { .. }
+                | SubmitError::Space(_)
+                | SubmitError::Failed(_)
+                | SubmitError::TooLarge { .. },
+            ) => Ok(()),
             Err(error) => Err(broken(format!("a write was refused: {error}"))),
         }
     }
