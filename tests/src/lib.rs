@@ -1,1 +1,4 @@
 //! Harness for whole-system tests.
+
+pub mod process;
+pub mod proxy;
