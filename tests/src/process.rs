@@ -2,6 +2,9 @@
 //!
 //! Every wait is a polling loop with a deadline; a wait that fails says what the service logged last.
 
+pub mod load;
+pub mod pair;
+
 use std::{
     fs::{self, File},
     io,
