@@ -92,7 +92,9 @@ class Node:
             *("--ready-file", str(self.ready_file)),
             *args,
         ]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
+        # Variables meant for the tests would be settings to the service.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("UNDERSTUDY_")}
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL, env=env)
         self.ready = None
 
     def wait_ready(self):

@@ -70,6 +70,18 @@ impl Role {
     }
 }
 
+/// The command of a service, without the `UNDERSTUDY_*` variables meant for the tests: they would be settings to it.
+#[must_use]
+pub fn service(role: Role) -> Command {
+    let mut command = Command::new(bin_dir().join(format!("understudy-{}", role.name())));
+    for (name, _) in std::env::vars_os() {
+        if name.as_encoded_bytes().starts_with(b"UNDERSTUDY_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
 /// A service's process. Killed by SIGKILL when dropped.
 #[derive(Debug)]
 pub struct Node {
@@ -88,7 +100,6 @@ impl Node {
     /// # Errors
     /// A file cannot be made or the binary not be started.
     pub fn spawn(role: Role, data_dir: &Path, args: &[&str]) -> Result<Self> {
-        let binary = bin_dir().join(format!("understudy-{}", role.name()));
         let log = data_dir.with_extension("log");
         let ready_file = data_dir.with_extension("ready");
         match fs::remove_file(&ready_file) {
@@ -96,7 +107,7 @@ impl Node {
             _ => {}
         }
         let output = File::options().create(true).append(true).open(&log)?;
-        let child = Command::new(&binary)
+        let child = service(role)
             .arg("--data-dir")
             .arg(data_dir)
             .arg("--ready-file")
@@ -107,7 +118,7 @@ impl Node {
             .stdout(output.try_clone()?)
             .stderr(output)
             .spawn()
-            .with_context(|| format!("{} cannot be started", binary.display()))?;
+            .with_context(|| format!("the {} cannot be started", role.name()))?;
         Ok(Self { child, log, ready_file, grpc: None, replica: None })
     }
 

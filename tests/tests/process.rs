@@ -7,7 +7,6 @@ use std::{
     fs,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
@@ -21,10 +20,10 @@ use understudy_proto::v1::{
 };
 use understudy_tests::{
     process::{
-        Node, Role, bin_dir,
+        Node, Role,
         load::{self, BLOCK_BYTES, BLOCKS_PER_WRITER, Load},
         pair::Pair,
-        seed,
+        seed, service,
     },
     proxy::Link,
 };
@@ -123,7 +122,7 @@ fn every_bad_setting_is_named() -> Result<()> {
              [backup]\nurl = \"not a url\"\n"
         ),
     )?;
-    let output = Command::new(bin_dir().join("understudy-primary")).arg("--config").arg(&config).output()?;
+    let output = service(Role::Primary).arg("--config").arg(&config).output()?;
     let message = String::from_utf8_lossy(&output.stderr).replace('-', "_");
     assert_eq!(output.status.code(), Some(EXIT_BAD_CONFIGURATION), "{message}");
     for (setting, value) in [
@@ -218,7 +217,7 @@ async fn journal_corrupted_in_the_middle_is_refused_and_says_where() -> Result<(
     // A record that is synced, not checkpointed yet, and followed by others.
     let damaged = WRITES - 10;
     let content = load::fill(0, usize::try_from((damaged - 1) % 64)?, damaged);
-    let (file, offset) = find_in_journal(&directory.path().join("node"), &content)?;
+    let (file, offset) = find_in_journal(&directory.path().join("node/journal"), &content)?;
     flip_byte(&file, offset + 1000)?;
     refuses_to_start(&directory.path().join("node"), &["journal", &file_name(&file)?]).await?;
 
@@ -297,15 +296,18 @@ async fn refuses_to_start(directory: &Path, words: &[&str]) -> Result<()> {
 }
 
 /// File and offset of a place in the journal that holds `content`.
-fn find_in_journal(data_dir: &Path, content: &[u8]) -> Result<(PathBuf, u64)> {
-    for entry in fs::read_dir(data_dir.join("journal"))? {
-        let file = entry?.path();
-        let bytes = fs::read(&file)?;
-        if let Some(offset) = bytes.windows(content.len()).position(|window| window == content) {
-            return Ok((file, offset as u64));
+fn find_in_journal(directory: &Path, content: &[u8]) -> Result<(PathBuf, u64)> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            if let Ok(found) = find_in_journal(&path, content) {
+                return Ok(found);
+            }
+        } else if let Some(at) = fs::read(&path)?.windows(content.len()).position(|window| window == content) {
+            return Ok((path, at as u64));
         }
     }
-    bail!("the journal does not hold the write")
+    bail!("{} does not hold the write", directory.display())
 }
 
 fn flip_byte(path: &Path, offset: u64) -> Result<()> {
