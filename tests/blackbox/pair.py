@@ -94,7 +94,10 @@ class Node:
         ]
         # Variables meant for the tests would be settings to the service.
         env = {name: value for name, value in os.environ.items() if not name.startswith("UNDERSTUDY_")}
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL, env=env)
+        # A session of its own, so that `kill` reaches the service also when it runs below another program.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=env, start_new_session=True
+        )
         self.ready = None
 
     def wait_ready(self):
@@ -131,8 +134,9 @@ class Node:
         return self.wait_exit()
 
     def kill(self):
+        """SIGKILL to the service and what runs it."""
         if self.process.poll() is None:
-            os.kill(self.ready["pid"] if self.ready else self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.log.close()
 
