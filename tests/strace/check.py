@@ -50,7 +50,7 @@ def create(node, name, ack=types.ACK_RULE_STAGED):
 
 
 def write_until_error(node, name, numbers):
-    """One write after the other; `(number, time of the answer)` of those acknowledged before the first error."""
+    """One write after the other; `(number, time of request, of answer)` up to the first error."""
     acked = []
     with node.channel() as channel:
         stub = block_grpc.BlockServiceStub(channel)
@@ -58,16 +58,18 @@ def write_until_error(node, name, numbers):
             request = block.WriteBlockRequest(
                 volume=name, offset_bytes=number % BLOCKS * BLOCK_BYTES, data=content(number)
             )
+            started = time.time()
             try:
                 stub.WriteBlock(request, timeout=pair.PATIENCE_S)
             except grpc.RpcError:
                 break
-            acked.append((number, time.time()))
+            acked.append((number, started, time.time()))
     return acked
 
 
 def traced_pair(bin_dir, directory, injection):
-    """Runs a pair under strace with a volume for each rule; the violations on each side, and how many acks."""
+    """Runs a pair under strace with a volume for each rule. Returns the violations, and those that there would be if
+    each answer had come half a sync's time after its request."""
     nodes, traces = [], {role: directory / f"{role}.strace" for role in ("backup", "primary")}
     try:
         args = SMALL
@@ -87,27 +89,35 @@ def traced_pair(bin_dir, directory, injection):
         for node in nodes:
             node.kill()
     made = {role: system_calls.parse(file.read_text(errors="replace").splitlines()) for role, file in traces.items()}
-    timed = lambda acks: [(marker(number), answered) for number, answered in acks]
-    found = [f"primary: {v}" for v in system_calls.violations(made["primary"], timed(staged + both))]
-    found += [f"backup: {v}" for v in system_calls.violations(made["backup"], timed(both))]
-    return found, len(staged), len(both)
+    assert len(staged) == len(both) == WATCHED_WRITES, f"{len(staged)} and {len(both)} of {WATCHED_WRITES} acknowledged"
+
+    def violations(time_of):
+        judge = lambda role, acks: [
+            f"{role}: {v}"
+            for v in system_calls.violations(made[role], [(marker(ack[0]), time_of(ack)) for ack in acks])
+        ]
+        return judge("primary", staged + both) + judge("backup", both)
+
+    return violations(lambda ack: ack[2]), violations(lambda ack: ack[1] + SYNC_DELAY_US / 2e6)
+
+
+# Every `staged` write has one sync to wait for, every `both` write two.
+ALL = 3 * WATCHED_WRITES
 
 
 def acks_follow_syncs(bin_dir):
     with tempfile.TemporaryDirectory(prefix="understudy-strace-") as directory:
         injection = f"{SYNC_CALLS}:delay_enter={SYNC_DELAY_US}"
-        found, staged, both = traced_pair(bin_dir, Path(directory), injection)
-    assert staged == both == WATCHED_WRITES, f"{staged} and {both} of {WATCHED_WRITES} writes were acknowledged"
+        found, if_early = traced_pair(bin_dir, Path(directory), injection)
     assert not found, f"{len(found)} acknowledgements came too early, first: {found[0]}"
+    assert len(if_early) == ALL, f"the analysis would have noticed {len(if_early)} of {ALL} early answers"
 
 
 def skipped_syncs_are_noticed(bin_dir):
     """The control: with every sync skipped, the analysis has to object to every single acknowledgement."""
     with tempfile.TemporaryDirectory(prefix="understudy-strace-") as directory:
-        found, staged, both = traced_pair(bin_dir, Path(directory), f"{SYNC_CALLS}:retval=0")
-    assert staged == both == WATCHED_WRITES, f"{staged} and {both} of {WATCHED_WRITES} writes were acknowledged"
-    expected = staged + 2 * both
-    assert len(found) == expected, f"{len(found)} of {expected} missing syncs were noticed"
+        found, _ = traced_pair(bin_dir, Path(directory), f"{SYNC_CALLS}:retval=0")
+    assert len(found) == ALL, f"{len(found)} of {ALL} missing syncs were noticed"
 
 
 def nth_call_fails(bin_dir, calls, error, nth):
@@ -139,7 +149,7 @@ def nth_call_fails(bin_dir, calls, error, nth):
 
         node = pair.Node(bin_dir, "primary", data_dir, *SMALL).wait_ready()
         try:
-            check_contents(node, [number for number, _ in first + acked])
+            check_contents(node, [number for number, *_ in first + acked])
         finally:
             node.kill()
 
