@@ -18,9 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60
 
 
-def load_stubs():
-    """Generates Python code from proto/ into a temporary directory and imports it. Returns a name -> module map."""
-    out = tempfile.mkdtemp(prefix="understudy-stubs-")
+def load_stubs(out):
+    """Generates Python code from proto/ into the directory `out` and imports it. Returns a name -> module map."""
     files = sorted(str(p.relative_to(ROOT / "proto")) for p in (ROOT / "proto").rglob("*.proto"))
     code = protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", *files])
     if code != 0:
@@ -34,7 +33,8 @@ def load_stubs():
     return modules
 
 
-STUBS = load_stubs()
+with tempfile.TemporaryDirectory(prefix="understudy-stubs-") as _directory:
+    STUBS = load_stubs(_directory)
 block, block_grpc = STUBS["block_pb2"], STUBS["block_pb2_grpc"]
 volume, volume_grpc = STUBS["volume_pb2"], STUBS["volume_pb2_grpc"]
 replication, replication_grpc = STUBS["replication_pb2"], STUBS["replication_pb2_grpc"]
