@@ -1,0 +1,323 @@
+//! Real processes: killed, cut off, misconfigured, given foreign or damaged files.
+//!
+//! `UNDERSTUDY_BIN_DIR` names the binaries to test, `UNDERSTUDY_SEED` replays a run of the rounds,
+//! `UNDERSTUDY_ROUNDS` makes it longer.
+
+use std::{
+    fs,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rand::{Rng as _, SeedableRng as _, seq::SliceRandom as _};
+use rand_pcg::Pcg64Mcg;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use understudy_proto::v1::{
+    self, AckRule, block_service_client::BlockServiceClient, volume_service_client::VolumeServiceClient,
+};
+use understudy_tests::{
+    process::{
+        Node, Role,
+        load::{self, BLOCK_BYTES, BLOCKS_PER_WRITER, Load},
+        pair::Pair,
+        seed, service,
+    },
+    proxy::Link,
+};
+
+const EXIT_BAD_CONFIGURATION: i32 = 64;
+const EXIT_STORAGE: i32 = 74;
+
+const ROUNDS: u32 = 50;
+const WRITERS_PER_VOLUME: usize = 4;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_rounds_of_sigkill_lose_nothing() -> Result<()> {
+    let seed = seed(1);
+    let rounds = std::env::var("UNDERSTUDY_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(ROUNDS);
+    let mut rng = Pcg64Mcg::seed_from_u64(seed);
+    let volumes = [("staged", AckRule::Staged), ("both", AckRule::Both)];
+    let mut pair = Pair::start().await?;
+    for (name, ack) in volumes {
+        pair.create_volume(name, (WRITERS_PER_VOLUME * BLOCKS_PER_WRITER) as u64, ack).await?;
+    }
+    let mut load = Load::start(seed, &volumes.map(|(name, _)| name), WRITERS_PER_VOLUME);
+    load.serve(Some(pair.node(Role::Primary)?.channel()?));
+
+    for round in 0..rounds {
+        round_of_faults(&mut pair, &mut load, &mut rng).await.with_context(|| format!("seed {seed}, round {round}"))?;
+    }
+
+    pair.link.set(Link::Open);
+    load.progress(100, Duration::from_secs(5)).await?;
+    let acks = load.acks();
+    let expected = load.finish().await.with_context(|| format!("seed {seed}"))?;
+    pair.wait_caught_up().await.with_context(|| format!("seed {seed}"))?;
+    for (number, (name, _)) in volumes.iter().enumerate() {
+        let image = pair.read_image(Role::Primary, name).await?;
+        ensure!(image == pair.read_image(Role::Backup, name).await?, "seed {seed}: the images of {name} differ");
+        ensure!(image.len() == expected[number].len() * BLOCK_BYTES, "the image of {name} has {} bytes", image.len());
+        for (block, (content, cell)) in image.chunks(BLOCK_BYTES).zip(&expected[number]).enumerate() {
+            cell.check(number, block, content).with_context(|| format!("seed {seed}"))?;
+        }
+    }
+    println!("{rounds} rounds, {acks} acknowledged writes: images identical and as expected");
+    Ok(())
+}
+
+/// Sets the link, lets some writes through, kills one side or both, and starts what was killed.
+async fn round_of_faults(pair: &mut Pair, load: &mut Load, rng: &mut Pcg64Mcg) -> Result<()> {
+    let link = match rng.random_range(0..4) {
+        0 => Link::Open,
+        1 => Link::Cut,
+        2 => Link::Frozen,
+        _ => Link::Slow(1 << rng.random_range(14..20)),
+    };
+    pair.link.set(link);
+    load.progress(rng.random_range(1..400), Duration::from_secs(1)).await?;
+
+    let mut victims = match rng.random_range(0..3) {
+        0 => vec![Role::Primary],
+        1 => vec![Role::Backup],
+        _ => vec![Role::Primary, Role::Backup],
+    };
+    victims.shuffle(rng);
+    for &victim in &victims {
+        pair.kill(victim);
+    }
+    if victims.contains(&Role::Primary) {
+        load.serve(None);
+    }
+    // A link that comes back before the sides, after them, or in the next round.
+    if rng.random_ratio(1, 3) {
+        pair.link.set(Link::Open);
+    }
+    victims.shuffle(rng);
+    for &victim in &victims {
+        pair.restart(victim).await?;
+    }
+    if victims.contains(&Role::Primary) {
+        load.serve(Some(pair.node(Role::Primary)?.channel()?));
+    }
+    if rng.random_ratio(1, 2) {
+        pair.link.set(Link::Open);
+    }
+    Ok(())
+}
+
+#[test]
+fn every_bad_setting_is_named() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let config = directory.path().join("primary.toml");
+    let data_dir = directory.path().join("primary");
+    fs::write(
+        &config,
+        format!(
+            "data_dir = {data_dir:?}\nadmin_listen = \"nowhere\"\n\
+             [staging]\ncapacity = \"plenty\"\n\
+             [link]\ntimeout = \"soon\"\nheartbeat = \"often\"\n\
+             [backup]\nurl = \"not a url\"\n"
+        ),
+    )?;
+    let output = service(Role::Primary).arg("--config").arg(&config).output()?;
+    let message = String::from_utf8_lossy(&output.stderr).replace('-', "_");
+    assert_eq!(output.status.code(), Some(EXIT_BAD_CONFIGURATION), "{message}");
+    for (setting, value) in [
+        ("admin_listen", "nowhere"),
+        ("capacity", "plenty"),
+        ("timeout", "soon"),
+        ("heartbeat", "often"),
+        ("url", "not a url"),
+    ] {
+        assert!(
+            message.contains(setting) && message.contains(value),
+            "{setting} = {value} is not named in:\n{message}"
+        );
+    }
+    assert!(!data_dir.exists(), "a bad configuration touched the disk");
+    Ok(())
+}
+
+#[tokio::test]
+async fn second_process_on_a_directory_is_refused() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let first = Alone::start(directory.path(), "node").await?;
+    let mut second = Node::spawn(Role::Primary, &directory.path().join("node"), &[])?;
+    let status = second.wait_exit().await?;
+    assert!(matches!(status.code(), Some(EXIT_BAD_CONFIGURATION | EXIT_STORAGE)), "{status}\n{}", second.log_tail());
+    first.write(0, 1).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn sigterm_ends_an_open_stream_and_keeps_what_it_acknowledged() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let mut alone = Alone::start(directory.path(), "node").await?;
+    let (requests, outgoing) = mpsc::channel(4);
+    let write = |tag: u64| v1::WriteBlocksRequest { tag, write: Some(alone.request(tag, tag)) };
+    requests.send(write(1)).await?;
+    let mut client = BlockServiceClient::new(alone.node.channel()?);
+    let mut answers = client.write_blocks(ReceiverStream::new(outgoing)).await?.into_inner();
+    let answer = answers.message().await?.context("an answer")?;
+    assert!(matches!(answer.results[0].outcome, Some(v1::write_result::Outcome::Written(_))), "{answer:?}");
+
+    alone.node.terminate()?;
+    // `requests` is still open: only the service can end this stream.
+    let status = alone.node.wait_exit().await?;
+    assert_eq!(status.code(), Some(0), "{}", alone.node.log_tail());
+    assert!(!matches!(answers.message().await, Ok(Some(_))), "an answer nobody asked for");
+    drop(requests);
+
+    let alone = Alone::reopen(directory.path(), "node").await?;
+    assert_eq!(alone.read(1).await?, load::fill(0, 1, 1));
+    Ok(())
+}
+
+#[tokio::test]
+async fn device_of_another_directory_is_refused() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let mut devices = Vec::new();
+    for name in ["mine", "foreign"] {
+        let mut alone = Alone::start(directory.path(), name).await?;
+        alone.write(0, 1).await?;
+        devices.push(alone.device().await?);
+        alone.node.terminate()?;
+        ensure!(alone.node.wait_exit().await?.success(), "{}", alone.node.log_tail());
+    }
+    fs::copy(&devices[1], &devices[0])?;
+    refuses_to_start(&directory.path().join("mine"), &[&file_name(&devices[0])?, "device"]).await
+}
+
+#[tokio::test]
+async fn missing_device_is_refused() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let mut alone = Alone::start(directory.path(), "node").await?;
+    alone.write(0, 1).await?;
+    let device = alone.device().await?;
+    alone.node.terminate()?;
+    ensure!(alone.node.wait_exit().await?.success(), "{}", alone.node.log_tail());
+    fs::remove_file(&device)?;
+    refuses_to_start(&directory.path().join("node"), &[&file_name(&device)?]).await?;
+    assert!(!device.exists(), "an empty device was made in the place of the missing one");
+    Ok(())
+}
+
+#[tokio::test]
+async fn journal_corrupted_in_the_middle_is_refused_and_says_where() -> Result<()> {
+    const WRITES: u64 = 400;
+    let directory = tempfile::tempdir()?;
+    let mut alone = Alone::start(directory.path(), "node").await?;
+    for number in 0..WRITES {
+        alone.write(number % 64, number + 1).await?;
+    }
+    alone.node.kill()?;
+    // A record that is synced, not checkpointed yet, and followed by others.
+    let damaged = WRITES - 10;
+    let content = load::fill(0, usize::try_from((damaged - 1) % 64)?, damaged);
+    let (file, offset) = find_in_journal(&directory.path().join("node/journal"), &content)?;
+    flip_byte(&file, offset + 1000)?;
+    refuses_to_start(&directory.path().join("node"), &["journal", &file_name(&file)?]).await?;
+
+    // The byte was all that was wrong.
+    flip_byte(&file, offset + 1000)?;
+    let alone = Alone::reopen(directory.path(), "node").await?;
+    for block in 0..64 {
+        let last = (1..=WRITES).rev().find(|stamp| (stamp - 1) % 64 == block).context("written")?;
+        assert_eq!(alone.read(block).await?, load::fill(0, usize::try_from(block)?, last), "block {block}");
+    }
+    Ok(())
+}
+
+/// A primary without a backup, with one volume of 4 KiB blocks.
+struct Alone {
+    node: Node,
+    directory: PathBuf,
+}
+
+impl Alone {
+    /// Starts on a new directory below `parent` and creates the volume.
+    async fn start(parent: &Path, name: &str) -> Result<Self> {
+        let alone = Self::reopen(parent, name).await?;
+        let request = v1::CreateVolumeRequest { name: "volume".into(), size_bytes: 1 << 20, ..Default::default() };
+        VolumeServiceClient::new(alone.node.channel()?).create_volume(request).await?;
+        Ok(alone)
+    }
+
+    async fn reopen(parent: &Path, name: &str) -> Result<Self> {
+        let directory = parent.join(name);
+        Ok(Self { node: Node::start(Role::Primary, &directory, &[]).await?, directory })
+    }
+
+    fn request(&self, block: u64, stamp: u64) -> v1::WriteBlockRequest {
+        v1::WriteBlockRequest {
+            volume: "volume".into(),
+            offset_bytes: block * BLOCK_BYTES as u64,
+            data: load::fill(0, usize::try_from(block).expect("a small number"), stamp),
+            ..Default::default()
+        }
+    }
+
+    async fn write(&self, block: u64, stamp: u64) -> Result<()> {
+        BlockServiceClient::new(self.node.channel()?).write_block(self.request(block, stamp)).await?;
+        Ok(())
+    }
+
+    async fn read(&self, block: u64) -> Result<bytes::Bytes> {
+        let request = v1::ReadBlockRequest {
+            volume: "volume".into(),
+            offset_bytes: block * BLOCK_BYTES as u64,
+            length_bytes: BLOCK_BYTES as u64,
+            ..Default::default()
+        };
+        Ok(BlockServiceClient::new(self.node.channel()?).read_block(request).await?.into_inner().data)
+    }
+
+    /// The file of the pool's first device.
+    async fn device(&self) -> Result<PathBuf> {
+        let pool = VolumeServiceClient::new(self.node.channel()?).get_pool(v1::GetPoolRequest {}).await?.into_inner();
+        // An absolute path replaces the directory.
+        Ok(self.directory.join(&pool.devices.first().context("a pool without devices")?.path))
+    }
+}
+
+/// A start on `directory` ends with the exit code for storage, and the log holds each of `words`.
+async fn refuses_to_start(directory: &Path, words: &[&str]) -> Result<()> {
+    let mut node = Node::spawn(Role::Primary, directory, &[])?;
+    let status = node.wait_exit().await?;
+    let log = node.log_tail();
+    ensure!(status.code() == Some(EXIT_STORAGE), "{status}, expected exit code {EXIT_STORAGE}\n{log}");
+    for word in words {
+        ensure!(log.contains(word), "the refusal does not name {word:?}\n{log}");
+    }
+    Ok(())
+}
+
+/// File and offset of a place in the journal that holds `content`.
+fn find_in_journal(directory: &Path, content: &[u8]) -> Result<(PathBuf, u64)> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            if let Ok(found) = find_in_journal(&path, content) {
+                return Ok(found);
+            }
+        } else if let Some(at) = fs::read(&path)?.windows(content.len()).position(|window| window == content) {
+            return Ok((path, at as u64));
+        }
+    }
+    bail!("{} does not hold the write", directory.display())
+}
+
+fn flip_byte(path: &Path, offset: u64) -> Result<()> {
+    let file = fs::File::options().read(true).write(true).open(path)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset)?;
+    file.write_all_at(&[byte[0] ^ 0x40], offset)?;
+    Ok(())
+}
+
+fn file_name(path: &Path) -> Result<String> {
+    Ok(path.file_name().context("no file name")?.to_string_lossy().into_owned())
+}
