@@ -8,3 +8,4 @@ pub mod mutant;
 pub mod record;
 pub mod storage;
 pub mod types;
+pub mod units;
