@@ -33,7 +33,13 @@ pub(crate) struct Global {
     #[arg(long, global = true)]
     pub(crate) json: bool,
     /// URL of the primary.
-    #[arg(long, global = true, env = "UNDERSTUDY_PRIMARY", default_value = "http://127.0.0.1:7400", value_name = "URL")]
+    #[arg(
+        long,
+        global = true,
+        env = "UNDERSTUDY_PRIMARY",
+        default_value = "http://127.0.0.1:7400",
+        value_name = "URL"
+    )]
     pub(crate) primary: String,
     /// URL of the backup [default: http://127.0.0.1:7500].
     #[arg(long, global = true, env = "UNDERSTUDY_BACKUP", value_name = "URL")]
@@ -61,7 +67,9 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  understudy import disk.img data --create --ack both")]
     Import(ImportArgs),
     /// Write a volume into a sparse file.
-    #[command(after_help = "Examples:\n  understudy export data disk.img\n  understudy export data copy.img --from-backup")]
+    #[command(
+        after_help = "Examples:\n  understudy export data disk.img\n  understudy export data copy.img --from-backup"
+    )]
     Export(ExportArgs),
     /// Write bytes at an offset.
     #[command(after_help = "Example:\n  echo hello | understudy write data --offset 4KiB --file -")]
@@ -82,10 +90,14 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  understudy health --side primary")]
     Health(HealthArgs),
     /// Measure a running pair.
-    #[command(after_help = "Examples:\n  understudy bench --in-flight 256 --seconds 30\n  understudy --backup http://127.0.0.1:7500 bench --block 64KiB --pattern random")]
+    #[command(
+        after_help = "Examples:\n  understudy bench --in-flight 256 --seconds 30\n  understudy --backup http://127.0.0.1:7500 bench --block 64KiB --pattern random"
+    )]
     Bench(BenchArgs),
     /// Show a pair at work on this machine: copy a real image, freeze and kill each side, compare.
-    #[command(after_help = "Examples:\n  understudy demo\n  understudy --json demo --size 256MiB\n  understudy demo --image disk.img --keep")]
+    #[command(
+        after_help = "Examples:\n  understudy demo\n  understudy --json demo --size 256MiB\n  understudy demo --image disk.img --keep"
+    )]
     Demo(DemoArgs),
     /// Print the completions of a shell.
     #[command(after_help = "Example:\n  understudy completions bash > /etc/bash_completion.d/understudy")]
@@ -358,7 +370,8 @@ mod tests {
 
     #[test]
     fn sizes_and_times_are_read_with_units() {
-        let cli = Cli::try_parse_from(["understudy", "volume", "create", "v", "--size", "64MiB", "--retry-for", "500ms"]);
+        let cli =
+            Cli::try_parse_from(["understudy", "volume", "create", "v", "--size", "64MiB", "--retry-for", "500ms"]);
         let cli = cli.unwrap();
         assert_eq!(cli.global.retry_for, Duration::from_millis(500));
         assert!(matches!(cli.command, Command::Volume(VolumeCommand::Create { size: 67_108_864, .. })));

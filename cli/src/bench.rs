@@ -47,8 +47,8 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> Result<()> {
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted; nothing was measured")),
     };
     if made && !args.keep {
-        let deleted = client.volumes().delete(DeleteVolumeRequest { volume_id: volume.volume().id, ..Default::default() });
-        deleted.await.context("the volume made for the measurement is still there")?;
+        let request = DeleteVolumeRequest { volume_id: volume.volume().id, ..Default::default() };
+        client.volumes().delete(request).await.context("the volume made for the measurement is still there")?;
     }
     let report = measured?;
     if global.json { print_json(&report) } else { print_report(&report) }
@@ -200,7 +200,11 @@ pub(crate) async fn until_acked(client: &Client, volume_id: u64, position: Posit
         }
         if since.elapsed() > SETTLE_LIMIT {
             let link = status.link.unwrap_or_default();
-            bail!("the backup did not catch up within {SETTLE_LIMIT:?} (link {}: {}); see `understudy status`", link.state, link.reason);
+            bail!(
+                "the backup did not catch up within {SETTLE_LIMIT:?} (link {}: {}); see `understudy status`",
+                link.state,
+                link.reason
+            );
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

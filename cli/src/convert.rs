@@ -194,11 +194,26 @@ mod tests {
             ..Status::default()
         });
         for pointer in [
-            "/role", "/pair_id", "/generation", "/link/state", "/link/rtt_ms", "/link/since", "/staging/span_bytes",
-            "/staging/capacity_bytes", "/staging/fill_ratio", "/staging/usage_bytes_per_s",
-            "/staging/flush_bytes_per_s", "/volumes/0/id", "/volumes/0/group", "/volumes/0/size_bytes",
-            "/volumes/0/block_bytes", "/volumes/0/cause", "/volumes/0/position/next", "/volumes/0/bytes_at_risk",
-            "/volumes/0/recovery_point/age_seconds", "/volumes/0/consistent",
+            "/role",
+            "/pair_id",
+            "/generation",
+            "/link/state",
+            "/link/rtt_ms",
+            "/link/since",
+            "/staging/span_bytes",
+            "/staging/capacity_bytes",
+            "/staging/fill_ratio",
+            "/staging/usage_bytes_per_s",
+            "/staging/flush_bytes_per_s",
+            "/volumes/0/id",
+            "/volumes/0/group",
+            "/volumes/0/size_bytes",
+            "/volumes/0/block_bytes",
+            "/volumes/0/cause",
+            "/volumes/0/position/next",
+            "/volumes/0/bytes_at_risk",
+            "/volumes/0/recovery_point/age_seconds",
+            "/volumes/0/consistent",
         ] {
             assert!(status.pointer(pointer).is_some(), "{pointer} is missing");
         }

@@ -4,7 +4,7 @@ use std::io::{IsTerminal as _, Write as _};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
-use comfy_table::{Table, TableStyle};
+use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
@@ -30,7 +30,7 @@ pub(crate) fn print_line(line: &str) -> Result<()> {
 /// A plain table: columns apart by spaces, so that it can be piped.
 pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut table = Table::new();
-    table.load_style(TableStyle::NOTHING);
+    table.load_style(comfy_table::presets::NOTHING);
     table.set_header(header);
     for row in rows {
         table.add_row(row);

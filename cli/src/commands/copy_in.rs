@@ -124,7 +124,10 @@ pub(crate) async fn import(
     let room = volume.volume().size_bytes;
     if length > room {
         let name = &volume.volume().name;
-        bail!("{} has {length} bytes, volume {name} {room}; grow it: understudy volume resize {name} --size {length}", path.display());
+        bail!(
+            "{} has {length} bytes, volume {name} {room}; grow it: understudy volume resize {name} --size {length}",
+            path.display()
+        );
     }
     let mut pieces = read_pieces(path.to_owned(), length);
     let stream = volume.write_stream_with(WriteStreamConfig { in_flight_max: 64, ..WriteStreamConfig::default() });
@@ -172,7 +175,8 @@ pub(crate) async fn import(
 fn read_pieces(path: PathBuf, length: u64) -> mpsc::Receiver<std::io::Result<Piece>> {
     let (sender, receiver) = mpsc::channel(4);
     std::thread::spawn(move || {
-        let sent = File::open(path).and_then(|file| split(&file, length, |piece| sender.blocking_send(Ok(piece)).is_ok()));
+        let sent =
+            File::open(path).and_then(|file| split(&file, length, |piece| sender.blocking_send(Ok(piece)).is_ok()));
         if let Err(error) = sent {
             let _ = sender.blocking_send(Err(error));
         }
@@ -211,8 +215,11 @@ fn split_chunk(chunk: Bytes, at: u64, emit: &mut impl FnMut(Piece) -> bool) -> b
         let end = (start + run.len() * GRAIN_BYTES).min(chunk.len());
         let offset = at + start as u64;
         let zeros = run.first().is_some_and(|zero| *zero);
-        let piece =
-            if zeros { Piece::Zeros(offset, (end - start) as u64) } else { Piece::Data(offset, chunk.slice(start..end)) };
+        let piece = if zeros {
+            Piece::Zeros(offset, (end - start) as u64)
+        } else {
+            Piece::Data(offset, chunk.slice(start..end))
+        };
         if !emit(piece) {
             return false;
         }

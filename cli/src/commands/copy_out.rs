@@ -33,7 +33,7 @@ pub(crate) struct Exported {
 
 /// Where to read.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum From<'a> {
+pub(crate) enum Origin<'a> {
     /// The head on the primary.
     Primary(&'a Client),
     /// The consistent image on the backup.
@@ -42,7 +42,7 @@ pub(crate) enum From<'a> {
 
 pub(crate) async fn run(global: &Global, args: ExportArgs) -> Result<()> {
     let client = if args.from_backup { global.backup_client()? } else { global.primary_client()? };
-    let from = if args.from_backup { From::Backup(&client) } else { From::Primary(&client) };
+    let from = if args.from_backup { Origin::Backup(&client) } else { Origin::Primary(&client) };
     let bar = progress(0, global.json);
     let done = export(from, &args.volume, &args.file, |at, total| {
         bar.set_length(total);
@@ -76,18 +76,18 @@ pub(crate) async fn run(global: &Global, args: ExportArgs) -> Result<()> {
 
 /// Reads a whole volume into `path`, which is replaced. The file is synced.
 pub(crate) async fn export(
-    from: From<'_>,
+    from: Origin<'_>,
     volume: &str,
     path: &Path,
     mut at: impl FnMut(u64, u64),
 ) -> Result<Exported> {
     let start = Instant::now();
     let (mut stream, mut total): (ReadStream, u64) = match from {
-        From::Primary(client) => {
+        Origin::Primary(client) => {
             let handle = client.volume(volume).await?;
             (handle.read_stream(0..0), handle.volume().size_bytes)
         }
-        From::Backup(client) => (client.backup().read_stream(volume, 0..0), 0),
+        Origin::Backup(client) => (client.backup().read_stream(volume, 0..0), 0),
     };
     let name = path.display();
     // Opened with the first chunk: an export that is refused leaves the file as it was.
@@ -128,7 +128,7 @@ impl Output {
     fn write(&mut self, mut at: u64, content: Content) -> std::io::Result<()> {
         match content {
             Content::Data(data) => {
-                for run in Runs { rest: &data, sparse: self.sparse } {
+                for run in (Runs { rest: &data, sparse: self.sparse }) {
                     if !(self.sparse && is_zero(run)) {
                         self.file.write_all_at(run, at)?;
                         self.data_bytes += run.len() as u64;

@@ -96,9 +96,7 @@ pub(crate) async fn read(global: &Global, args: ReadArgs) -> Result<()> {
     let mut out: Box<dyn std::io::Write> = if to_stdout {
         Box::new(std::io::stdout().lock())
     } else {
-        Box::new(
-            std::fs::File::create(&args.file).with_context(|| format!("cannot create {}", args.file.display()))?,
-        )
+        Box::new(std::fs::File::create(&args.file).with_context(|| format!("cannot create {}", args.file.display()))?)
     };
     let mut position = None;
     while args.length > 0

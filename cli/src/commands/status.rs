@@ -32,10 +32,8 @@ pub(crate) async fn run(global: &Global, args: StatusArgs) -> Result<()> {
 }
 
 fn text(status: &Status) -> String {
-    let mut lines = vec![format!(
-        "{} {} generation {} of pair {}",
-        status.role, status.version, status.generation, status.pair_id
-    )];
+    let mut lines =
+        vec![format!("{} {} generation {} of pair {}", status.role, status.version, status.generation, status.pair_id)];
     if let Some(link) = &status.link {
         let mut line = format!("link {}", link.state);
         if link.since_unix_ms > 0 {

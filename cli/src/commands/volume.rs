@@ -8,8 +8,8 @@ use understudy_client::proto::{
 };
 
 use crate::args::{Global, PoolCommand, Usage, VolumeCommand};
-use crate::output::{print_json, print_line, size, table};
 use crate::convert;
+use crate::output::{print_json, print_line, size, table};
 
 pub(crate) async fn run(global: &Global, command: VolumeCommand) -> Result<()> {
     let volumes = global.primary_client()?.volumes();
@@ -64,7 +64,9 @@ pub(crate) async fn pool(global: &Global, PoolCommand::Show: PoolCommand) -> Res
         size(pool.reserved_bytes),
         size(pool.segment_bytes.into())
     ))?;
-    let row = |d: &understudy_client::proto::PoolDevice| [d.id.to_string(), size(d.size_bytes), size(d.free_bytes), d.path.clone()];
+    let row = |d: &understudy_client::proto::PoolDevice| {
+        [d.id.to_string(), size(d.size_bytes), size(d.free_bytes), d.path.clone()]
+    };
     print_line(&table(["ID", "SIZE", "FREE", "PATH"], pool.devices.iter().map(row)))
 }
 

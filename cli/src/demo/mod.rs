@@ -19,7 +19,7 @@ use understudy_client::proto::{Position, Status, VolumeStatus};
 use understudy_client::{Client, ClientConfig, VolumeHandle};
 
 use crate::args::{DemoArgs, Global, Usage};
-use crate::commands::copy_out::From;
+use crate::commands::copy_out::Origin;
 use crate::commands::{copy_in, copy_out};
 use crate::output::{per_second, print_line, rate, size};
 use image::Kind;
@@ -80,7 +80,9 @@ async fn play(args: &DemoArgs, folder: &Path, report: &Report) -> Result<()> {
     let load_volume = copy_in::create(&stage.primary_client, LOAD_VOLUME, LOAD_BYTES, 4096, Default::default()).await?;
     let mut load = Load::start(&load_volume, &stage.file("expected"))?;
     stage.load_volume = Some(load_volume);
-    stage.say("load", "writing 4 KiB blocks at random, 2,000 a second, while each side is frozen and killed", json!({})).await?;
+    stage
+        .say("load", "writing 4 KiB blocks at random, 2,000 a second, while each side is frozen and killed", json!({}))
+        .await?;
     tokio::time::sleep(CALM).await;
 
     for fault in [Fault::FreezeBackup, Fault::KillBackup, Fault::FreezePrimary, Fault::KillPrimary] {
@@ -108,10 +110,18 @@ async fn prepare_image(args: &DemoArgs, folder: &Path, report: &Report) -> Resul
     let clean = blocking(move || image::check(&checked)).await?;
     let (what, files) = match kind {
         Kind::Ext4 { files } => (format!("an ext4 image of {} with {files} files", size(bytes)), Some(files)),
-        Kind::Pattern => (format!("mke2fs is not here: a patterned image of {} instead of a file system", size(bytes)), None),
+        Kind::Pattern => {
+            (format!("mke2fs is not here: a patterned image of {} instead of a file system", size(bytes)), None)
+        }
         Kind::Given => (format!("{} of {}", path.display(), size(bytes)), None),
     };
-    let kind = if files.is_some() { "ext4" } else if args.image.is_some() { "given" } else { "pattern" };
+    let kind = if files.is_some() {
+        "ext4"
+    } else if args.image.is_some() {
+        "given"
+    } else {
+        "pattern"
+    };
     report.step("image", None, &format!("source: {what}"), json!({"image": kind, "bytes": bytes, "files": files}))?;
     Ok(Source { path, bytes, clean: clean == Some(true) })
 }
@@ -150,8 +160,7 @@ impl<'a> Stage<'a> {
         let (primary_client, backup_client) = (client(&primary.url())?, client(&backup.url())?);
         let text = format!("started a backup at {} and a primary at {}", backup.url(), primary.url());
         let fields = json!({"primary": primary.url(), "backup": backup.url()});
-        let stage =
-            Self { folder, report, source, backup, primary, primary_client, backup_client, load_volume: None };
+        let stage = Self { folder, report, source, backup, primary, primary_client, backup_client, load_volume: None };
         stage.until("the backup is attached", || stage.primary_link(true)).await?;
         stage.say("start", &text, fields).await?;
         Ok(stage)
@@ -169,7 +178,8 @@ impl<'a> Stage<'a> {
     }
 
     async fn copy_image(&self) -> Result<()> {
-        let volume = copy_in::create(&self.primary_client, IMAGE_VOLUME, self.source.bytes, 4096, Default::default()).await?;
+        let volume =
+            copy_in::create(&self.primary_client, IMAGE_VOLUME, self.source.bytes, 4096, Default::default()).await?;
         let done = {
             let import = copy_in::import(&volume, &self.source.path, true, |_| {});
             tokio::select! {
@@ -182,7 +192,10 @@ impl<'a> Stage<'a> {
         let lag = start.elapsed();
         let text = format!(
             "imported {} in {:.2}s, {}/s; the backup held all of it {:.3}s later",
-            size(done.bytes), done.time.as_secs_f64(), rate(per_second(done.bytes, done.time)), lag.as_secs_f64()
+            size(done.bytes),
+            done.time.as_secs_f64(),
+            rate(per_second(done.bytes, done.time)),
+            lag.as_secs_f64()
         );
         let bytes_per_s = per_second(done.bytes, done.time);
         self.say("import", &text, json!({"bytes": done.bytes, "data_bytes": done.data_bytes, "bytes_per_s": bytes_per_s, "lag_seconds": lag.as_secs_f64()})).await?;
@@ -203,7 +216,9 @@ impl<'a> Stage<'a> {
                 let staging = status.staging.unwrap_or_default();
                 let text = format!(
                     "importing: in {}/s, out {}/s, backup {} behind",
-                    rate(staging.usage_bytes_per_s), rate(staging.flush_bytes_per_s), size(behind)
+                    rate(staging.usage_bytes_per_s),
+                    rate(staging.flush_bytes_per_s),
+                    size(behind)
                 );
                 let fields = json!({"bytes_at_risk": behind, "usage_bytes_per_s": staging.usage_bytes_per_s, "flush_bytes_per_s": staging.flush_bytes_per_s});
                 self.report.step("importing", Some(volume), &text, fields)
@@ -222,7 +237,8 @@ impl<'a> Stage<'a> {
             Fault::FreezeBackup => {
                 self.backup.freeze()?;
                 self.until("the primary notices the frozen backup", || self.primary_link(false)).await?;
-                self.noticed("freeze_backup", "backup frozen (SIGSTOP): the primary saw the link as lost", start).await?;
+                self.noticed("freeze_backup", "backup frozen (SIGSTOP): the primary saw the link as lost", start)
+                    .await?;
                 tokio::time::sleep(CALM).await;
                 self.backup.thaw()?;
                 "thaw_backup"
@@ -243,7 +259,12 @@ impl<'a> Stage<'a> {
                 // Thawed before anything is reported, so that no request of ours waits for a frozen process.
                 self.primary.thaw()?;
                 noticed?;
-                self.report.step("freeze_primary", None, &format!("{text} after {after:.2}s"), json!({"noticed_seconds": after}))?;
+                self.report.step(
+                    "freeze_primary",
+                    None,
+                    &format!("{text} after {after:.2}s"),
+                    json!({"noticed_seconds": after}),
+                )?;
                 "thaw_primary"
             }
             Fault::KillPrimary => {
@@ -263,7 +284,8 @@ impl<'a> Stage<'a> {
             "link back after {:.2}s; {writes} writes acknowledged since the fault began, none lost; both sides identical",
             attached.as_secs_f64()
         );
-        self.say(step, &text, json!({"attached_seconds": attached.as_secs_f64(), "writes": writes, "identical": true})).await?;
+        self.say(step, &text, json!({"attached_seconds": attached.as_secs_f64(), "writes": writes, "identical": true}))
+            .await?;
         load.resume().await?;
         tokio::time::sleep(CALM).await;
         Ok(())
@@ -306,19 +328,21 @@ impl<'a> Stage<'a> {
         let target = self.primary_client.replication().status().await?;
         let target = of(&target, id).and_then(|v| v.position).and_then(|p| p.durable).map(key).unwrap_or_default();
         let (ours, theirs) = (self.file(&format!("{volume}-primary")), self.file(&format!("{volume}-backup")));
-        copy_out::export(From::Primary(&self.primary_client), volume, &ours, |_, _| {}).await?;
+        copy_out::export(Origin::Primary(&self.primary_client), volume, &ours, |_, _| {}).await?;
         if let Some(at) = difference(expected, &ours).await? {
             bail!("volume {volume} on the primary differs from what was acknowledged at byte {at}");
         }
         let start = Instant::now();
         loop {
-            let done = copy_out::export(From::Backup(&self.backup_client), volume, &theirs, |_, _| {}).await;
+            let done = copy_out::export(Origin::Backup(&self.backup_client), volume, &theirs, |_, _| {}).await;
             let position = match done {
                 Ok(done) => {
                     let Some(at) = difference(expected, &theirs).await? else { return Ok(()) };
                     let position = done.position.map(key).unwrap_or_default();
                     if position >= target {
-                        bail!("volume {volume} on the backup, at position {position:?}, differs from the primary's at byte {at}");
+                        bail!(
+                            "volume {volume} on the backup, at position {position:?}, differs from the primary's at byte {at}"
+                        );
                     }
                     format!("{position:?}")
                 }
