@@ -10,6 +10,11 @@ use anyhow::{Context as _, Result, bail};
 use rand::{Rng as _, RngCore as _, SeedableRng as _};
 use rand_pcg::Pcg64Mcg;
 
+/// Smallest image made here.
+pub(super) const SIZE_MIN: u64 = 16 << 20;
+/// Journal and inode tables of a small file system.
+const OVERHEAD_BYTES: u64 = 6 << 20;
+
 /// What the image is made of.
 #[derive(Debug)]
 pub(super) enum Kind {
@@ -25,7 +30,8 @@ pub(super) enum Kind {
 pub(super) fn make(path: &Path, scratch: &Path, size: u64) -> Result<Kind> {
     match tool("mke2fs") {
         Some(mke2fs) => {
-            let files = make_files(scratch, size / 2).context("cannot make the files of the image")?;
+            let files = make_files(scratch, size.saturating_sub(OVERHEAD_BYTES) / 2)
+                .context("cannot make the files of the image")?;
             make_ext4(&mke2fs, path, scratch, size)?;
             std::fs::remove_dir_all(scratch).context("cannot remove the files of the image")?;
             Ok(Kind::Ext4 { files })
@@ -43,10 +49,10 @@ fn make_files(folder: &Path, budget: u64) -> std::io::Result<u32> {
     let (mut used, mut files) = (0, 0);
     let mut data = vec![0; 1 << 20];
     while used < budget && files < 4000 {
-        let size = match rng.random_range(0..100) {
-            0..60 => rng.random_range(0..4096),
-            60..90 => rng.random_range(4096..32_768),
-            90..98 => rng.random_range(32_768..262_144),
+        let size = match rng.random_range(0..1000) {
+            0..800 => rng.random_range(0..4096),
+            800..970 => rng.random_range(4096..32_768),
+            970..997 => rng.random_range(32_768..262_144),
             _ => rng.random_range(262_144..1 << 20),
         };
         let size = usize::try_from((budget - used).min(size)).unwrap_or(0);
@@ -59,7 +65,7 @@ fn make_files(folder: &Path, budget: u64) -> std::io::Result<u32> {
         } else {
             rng.fill_bytes(&mut data[..size]);
         }
-        let place = folder.join(format!("d{:02}", files % 40)).join(format!("s{}", files % 7));
+        let place = folder.join(format!("d{:02}", files % 12)).join(format!("s{}", files % 5));
         std::fs::create_dir_all(&place)?;
         File::create(place.join(format!("file-{files}")))?.write_all(&data[..size])?;
         // A file takes whole blocks and an inode.
@@ -161,8 +167,8 @@ mod tests {
     fn made_image_is_a_clean_file_system_where_the_tools_exist() {
         let folder = tempfile::tempdir().unwrap();
         let (image, scratch) = (folder.path().join("image"), folder.path().join("files"));
-        let kind = make(&image, &scratch, 8 << 20).unwrap();
-        assert_eq!(std::fs::metadata(&image).unwrap().len(), 8 << 20);
+        let kind = make(&image, &scratch, SIZE_MIN).unwrap();
+        assert_eq!(std::fs::metadata(&image).unwrap().len(), SIZE_MIN);
         match kind {
             Kind::Ext4 { files } => {
                 assert!(files > 10);

@@ -38,8 +38,8 @@ const LOAD_VOLUME: &str = "load";
 const LOAD_BYTES: u64 = 32 << 20;
 
 pub(crate) async fn run(global: &Global, args: DemoArgs) -> Result<()> {
-    if args.image.is_none() && !(4 << 20..=16 << 30).contains(&args.size) {
-        return Err(Usage("--size must be from 4MiB to 16GiB".to_owned()).into());
+    if args.image.is_none() && !(image::SIZE_MIN..=16 << 30).contains(&args.size) {
+        return Err(Usage("--size must be from 16MiB to 16GiB".to_owned()).into());
     }
     let folder = tempfile::Builder::new().prefix("understudy-demo-").tempdir().context("cannot make a folder")?;
     let report = Report::new(global.json);
