@@ -1,5 +1,7 @@
 //! The built command against a primary in memory.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 #[allow(dead_code)]
 #[path = "../../client/tests/support/mod.rs"]
 mod support;

@@ -1,5 +1,7 @@
 //! The client against a primary in memory that breaks connections, refuses, and falls silent.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::time::Duration;

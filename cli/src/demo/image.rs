@@ -46,6 +46,7 @@ pub(super) fn make(path: &Path, scratch: &Path, size: u64) -> Result<Kind> {
 /// Files of mixed sizes, most of them small, about `budget` bytes in all.
 fn make_files(folder: &Path, budget: u64) -> std::io::Result<u32> {
     let mut rng = Pcg64Mcg::seed_from_u64(1);
+    std::fs::create_dir(folder)?;
     let (mut used, mut files) = (0, 0);
     let mut data = vec![0; 1 << 20];
     while used < budget && files < 4000 {
@@ -65,8 +66,12 @@ fn make_files(folder: &Path, budget: u64) -> std::io::Result<u32> {
         } else {
             rng.fill_bytes(&mut data[..size]);
         }
-        let place = folder.join(format!("d{:02}", files % 12)).join(format!("s{}", files % 5));
-        std::fs::create_dir_all(&place)?;
+        let outer = folder.join(format!("d{:02}", files % 12));
+        let place = outer.join(format!("s{}", files % 5));
+        // Not with all parents: when the demo is interrupted, the folder goes away and must not come back.
+        for made in [&outer, &place].into_iter().filter(|made| !made.is_dir()) {
+            std::fs::create_dir(made)?;
+        }
         File::create(place.join(format!("file-{files}")))?.write_all(&data[..size])?;
         // A file takes whole blocks and an inode.
         used += (size as u64).next_multiple_of(4096) + 256;

@@ -55,7 +55,19 @@ pub(crate) async fn run(global: &Global, args: DemoArgs) -> Result<()> {
         }
         return done.with_context(|| format!("the demo failed; data and logs are in {}", kept.display()));
     }
+    remove(folder.keep()).await?;
     done
+}
+
+/// Removes the folder. A thread that was making the image may still add a file or two until it finds its place gone.
+async fn remove(folder: PathBuf) -> Result<()> {
+    for _ in 0..100 {
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => tokio::time::sleep(LOOK_EVERY).await,
+            done => return done.with_context(|| format!("cannot remove {}; remove it by hand", folder.display())),
+        }
+    }
+    bail!("cannot remove {}: files keep appearing in it; remove it by hand", folder.display())
 }
 
 async fn interruption() -> &'static str {
