@@ -80,8 +80,8 @@ async fn measure(global: &Global, client: &Client, volume: &VolumeHandle, args: 
     });
     if global.backup.is_some() {
         let start = Instant::now();
-        let position = volume.flush().await?.position.or(measured.last.map(|w| w.position)).unwrap_or_default();
-        until_acked(client, volume.volume().id, position).await?;
+        volume.flush().await?;
+        until_acked(client, volume.volume().id).await?;
         let time = measured.time + start.elapsed();
         report["until_backup"] = json!({
             "seconds": time.as_secs_f64(),
@@ -187,15 +187,14 @@ async fn unary(volume: &VolumeHandle, args: &BenchArgs, source: &mut Source) -> 
     Ok(measured)
 }
 
-/// Waits until the backup holds the volume up to `position`.
-pub(crate) async fn until_acked(client: &Client, volume_id: u64, position: Position) -> Result<()> {
+/// Waits until the backup holds everything of the volume that is durable on the primary.
+async fn until_acked(client: &Client, volume_id: u64) -> Result<()> {
     let since = Instant::now();
     loop {
         let status = client.replication().status().await?;
         let volume = status.volumes.iter().find(|v| v.id == volume_id).context("the volume has been deleted")?;
         let positions = volume.position.unwrap_or_default();
-        let target = key(positions.durable.unwrap_or_default()).max(key(position));
-        if key(positions.acked.unwrap_or_default()) >= target {
+        if key(positions.acked.unwrap_or_default()) >= key(positions.durable.unwrap_or_default()) {
             return Ok(());
         }
         if since.elapsed() > SETTLE_LIMIT {

@@ -200,7 +200,7 @@ impl<'a> Stage<'a> {
             }
         };
         let start = Instant::now();
-        self.until_acked(volume.volume().id, done.position).await?;
+        self.until_acked(volume.volume().id).await?;
         let lag = start.elapsed();
         let text = format!(
             "imported {} in {:.2}s, {}/s; the backup held all of it {:.3}s later",
@@ -313,14 +313,15 @@ impl<'a> Stage<'a> {
         let pause = tokio::time::timeout(WAIT_LIMIT, load.pause());
         pause.await.map_err(|_| anyhow!("the load's writes were not all acknowledged within {WAIT_LIMIT:?}"))??;
         let volume = self.load_volume.as_ref().context("the load has no volume")?;
-        let flushed = volume.flush().await?;
-        self.until_acked(volume.volume().id, flushed.position).await?;
+        volume.flush().await?;
+        self.until_acked(volume.volume().id).await?;
         self.compare(LOAD_VOLUME, volume.volume().id, &self.file("expected")).await
     }
 
     async fn finish(&self, writes: u64) -> Result<()> {
         let volume = self.load_volume.as_ref().context("the load has no volume")?;
-        self.until_acked(volume.volume().id, volume.flush().await?.position).await?;
+        volume.flush().await?;
+        self.until_acked(volume.volume().id).await?;
         self.compare(LOAD_VOLUME, volume.volume().id, &self.file("expected")).await?;
         let image = self.primary_client.volume(IMAGE_VOLUME).await?;
         self.compare(IMAGE_VOLUME, image.volume().id, &self.source.path).await?;
@@ -389,13 +390,13 @@ impl<'a> Stage<'a> {
         Ok(link_is(&self.backup_client.backup().status().await?, attached))
     }
 
-    async fn until_acked(&self, id: u64, position: Option<Position>) -> Result<()> {
-        let least = position.map(key).unwrap_or_default();
+    /// Asked after the last answer, `durable` covers every acknowledged write of the volume.
+    async fn until_acked(&self, id: u64) -> Result<()> {
         self.until("the backup has acknowledged everything", || async move {
             let status = self.primary_client.replication().status().await?;
             let position = of(&status, id).and_then(|v| v.position).unwrap_or_default();
             let durable = position.durable.map(key).unwrap_or_default();
-            Ok(position.acked.map(key).unwrap_or_default() >= durable.max(least))
+            Ok(position.acked.map(key).unwrap_or_default() >= durable)
         })
         .await
     }
