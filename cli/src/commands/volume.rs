@@ -1,0 +1,92 @@
+//! `volume` and `pool`.
+
+use anyhow::Result;
+use serde_json::{Value, json};
+use understudy_client::proto::{
+    AckRule, AwayRule, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest, ResizeVolumeRequest,
+    SetAckRuleRequest, Volume,
+};
+
+use crate::args::{Global, PoolCommand, Usage, VolumeCommand};
+use crate::convert;
+use crate::output::{print_json, print_line, size, table};
+
+pub(crate) async fn run(global: &Global, command: VolumeCommand) -> Result<()> {
+    let volumes = global.primary_client()?.volumes();
+    let named = |volume: String| GetVolumeRequest { volume_id: 0, volume };
+    let volume = match command {
+        VolumeCommand::Create { name, size, block_size, ack, away, group } => {
+            let ack = AckRule::from(ack).into();
+            let away = AwayRule::from(away).into();
+            let block_bytes = block_bytes(block_size)?;
+            volumes.create(CreateVolumeRequest { name, size_bytes: size, block_bytes, group, ack, away }).await?
+        }
+        VolumeCommand::Show { name } => volumes.find(named(name)).await?,
+        VolumeCommand::Resize { name, size } => {
+            volumes.resize(ResizeVolumeRequest { volume_id: 0, volume: name, size_bytes: size }).await?
+        }
+        VolumeCommand::SetAck { name, ack, away } => {
+            let ack = AckRule::from(ack).into();
+            let away = away.map_or(AwayRule::Unspecified, AwayRule::from).into();
+            volumes.set_ack_rule(SetAckRuleRequest { volume_id: 0, volume: name, ack, away }).await?
+        }
+        VolumeCommand::List => {
+            let all = volumes.list().await?;
+            return if global.json {
+                print_json(&Value::Array(all.iter().map(convert::volume).collect()))
+            } else {
+                print_line(&volume_table(&all))
+            };
+        }
+        VolumeCommand::Delete { name } => {
+            // By id: a volume of the same name that someone makes meanwhile is another one.
+            let id = volumes.find(named(name.clone())).await?.id;
+            volumes.delete(DeleteVolumeRequest { volume_id: id, volume: String::new() }).await?;
+            return if global.json {
+                print_json(&json!({"deleted": name, "id": id}))
+            } else {
+                print_line(&format!("deleted {name}"))
+            };
+        }
+    };
+    if global.json { print_json(&convert::volume(&volume)) } else { print_line(&volume_table(&[volume])) }
+}
+
+pub(crate) async fn pool(global: &Global, PoolCommand::Show: PoolCommand) -> Result<()> {
+    let pool = global.primary_client()?.volumes().pool().await?;
+    if global.json {
+        return print_json(&convert::pool(&pool));
+    }
+    print_line(&format!(
+        "{} of {} free, {} reserved, segments of {}",
+        size(pool.free_bytes),
+        size(pool.total_bytes),
+        size(pool.reserved_bytes),
+        size(pool.segment_bytes.into())
+    ))?;
+    let row = |d: &understudy_client::proto::PoolDevice| {
+        [d.id.to_string(), size(d.size_bytes), size(d.free_bytes), d.path.clone()]
+    };
+    print_line(&table(["ID", "SIZE", "FREE", "PATH"], pool.devices.iter().map(row)))
+}
+
+/// The wire has 32 bits for it; the server checks the rest.
+pub(crate) fn block_bytes(bytes: u64) -> Result<u32> {
+    u32::try_from(bytes).map_err(|_| Usage("--block-size must be a power of two from 512B to 64KiB".to_owned()).into())
+}
+
+fn volume_table(volumes: &[Volume]) -> String {
+    let row = |v: &Volume| {
+        [
+            v.name.clone(),
+            v.id.to_string(),
+            size(v.size_bytes),
+            size(v.block_bytes.into()),
+            size(v.allocated_bytes),
+            v.group.clone(),
+            convert::ack(v.ack()).to_owned(),
+            convert::away(v.away()).to_owned(),
+        ]
+    };
+    table(["NAME", "ID", "SIZE", "BLOCK", "ALLOCATED", "GROUP", "ACK", "AWAY"], volumes.iter().map(row))
+}
