@@ -3,8 +3,15 @@
 //! Nothing here knows gRPC. Decisions are plain state machines; all file I/O goes through the [`storage`] seam, so that
 //! the simulation can crash between any two calls.
 
+pub mod admin;
 pub mod checksum;
+pub mod config;
+pub mod grpc;
 pub mod mutant;
 pub mod record;
+pub mod serve;
 pub mod storage;
+pub mod telemetry;
+pub mod tls;
 pub mod types;
+pub mod units;
