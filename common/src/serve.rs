@@ -177,7 +177,7 @@ async fn next<A: Accept>(
                 Ok((io, address)) => return (io, address, place),
                 Err(error) => {
                     // One line at the start of a trouble, then one every ten seconds.
-                    if failures % 100 == 0 {
+                    if failures.is_multiple_of(100) {
                         warn!(%error, failures, "cannot accept connections; check the limit of open files");
                     }
                     failures += 1;
