@@ -3,7 +3,11 @@
 //! Plain HTTP/1.1 without anything that changes state. The page is one document without scripts or outside resources;
 //! every value on it is escaped.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{
+    fmt::Write as _,
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+};
 
 use axum::{
     Router,
@@ -13,9 +17,14 @@ use axum::{
     routing::get,
 };
 use parking_lot::Mutex;
-use serde_json::Value;
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
-use crate::telemetry::{TEXT_FORMAT, Telemetry};
+use crate::{
+    serve::{self, BindError, Protocol, ServeLimits},
+    telemetry::{TEXT_FORMAT, Telemetry},
+};
 
 /// Whether the service takes calls, and why not. Cheap to clone; all clones are one.
 #[derive(Debug, Clone)]
@@ -69,6 +78,61 @@ pub fn router(
         .route("/readyz", get(ready))
         .route("/", get(page))
         .with_state(Admin { telemetry, readiness, status, refresh: Arc::new(refresh) })
+}
+
+/// An admin port that is served.
+#[derive(Debug)]
+pub struct AdminPort {
+    /// Where, with the real port.
+    pub address: SocketAddr,
+    source: Arc<OnceLock<Source>>,
+    stop: CancellationToken,
+    task: JoinHandle<usize>,
+}
+
+struct Source {
+    status: StatusFn,
+    refresh: Box<dyn Fn() + Send + Sync>,
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Source")
+    }
+}
+
+impl AdminPort {
+    /// Opens and serves it. The status page is empty until [`AdminPort::show`]: recovery goes on behind it.
+    pub async fn open(address: SocketAddr, telemetry: Telemetry, readiness: Readiness) -> Result<Self, BindError> {
+        let listener = serve::bind(address).await?;
+        let address = listener.local_addr().map_err(|source| BindError { address, source })?;
+        let source = Arc::new(OnceLock::<Source>::new());
+        let (for_status, for_refresh) = (source.clone(), source.clone());
+        let status: StatusFn = Arc::new(move || for_status.get().map_or_else(|| json!({}), |source| (source.status)()));
+        let refresh = move || {
+            if let Some(source) = for_refresh.get() {
+                (source.refresh)();
+            }
+        };
+        let router = router(telemetry, readiness, status, refresh);
+        let stop = CancellationToken::new();
+        let limits = ServeLimits { drain: std::time::Duration::from_millis(200), ..ServeLimits::default() };
+        let task = tokio::spawn(serve::serve(listener, Protocol::Http1, None, limits, router, stop.clone()));
+        Ok(Self { address, source, stop, task })
+    }
+
+    /// From now on the page shows `status`, and `refresh` runs before metrics are collected. Once only.
+    pub fn show(&self, status: StatusFn, refresh: impl Fn() + Send + Sync + 'static) {
+        let source = Source { status, refresh: Box::new(refresh) };
+        assert!(self.source.set(source).is_ok(), "the service starts once");
+    }
+
+    /// Stops serving.
+    pub async fn close(self) {
+        self.stop.cancel();
+        // An error would be its panic, which the process has ended with.
+        let _ = self.task.await;
+    }
 }
 
 async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {

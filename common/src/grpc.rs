@@ -3,7 +3,7 @@
 //! Every call is counted once, when its last byte was sent or its caller went away, with the canonical code of its
 //! trailers. Labels come from the list of methods given at start; anything else is `unknown`. A unary call ends with
 //! DEADLINE_EXCEEDED at the earlier of the client's `grpc-timeout` and the server's maximum; a stream only at the
-//! client's.
+//! client's, and, where its service does not end it by itself, with UNAVAILABLE at shutdown.
 
 use std::{
     collections::HashMap,
@@ -19,7 +19,8 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use prometheus::{HistogramVec, IntCounterVec};
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 use tower::{Layer, Service};
 
 use crate::telemetry::Metrics;
@@ -46,6 +47,7 @@ const CODES: [&str; 17] = [
 ];
 const CANCELLED: usize = 1;
 const DEADLINE_EXCEEDED: usize = 4;
+const UNAVAILABLE: usize = 14;
 
 /// A method that is served.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +58,8 @@ pub struct Method {
     pub method: String,
     /// One of its sides is a stream.
     pub streaming: bool,
+    /// Its service ends its streams at shutdown; those of other services are ended by the layer.
+    pub drains: bool,
 }
 
 /// The layer. Cheap to clone.
@@ -71,20 +75,36 @@ struct Shared {
     requests: IntCounterVec,
     seconds: HistogramVec,
     deadline: Duration,
+    shutdown: CancellationToken,
 }
+
+/// An end that comes from outside of the service.
+#[derive(Debug)]
+struct End {
+    code: usize,
+    message: String,
+}
+
+type Expiry = Pin<Box<dyn Future<Output = End> + Send>>;
 
 impl GrpcLayer {
     /// For calls of `methods`; unary ones end after `deadline` at the latest.
     #[must_use]
-    pub fn new(methods: impl IntoIterator<Item = Method>, metrics: &Metrics, deadline: Duration) -> Self {
+    pub fn new(
+        methods: impl IntoIterator<Item = Method>,
+        metrics: &Metrics,
+        deadline: Duration,
+        shutdown: CancellationToken,
+    ) -> Self {
         let by_path = |method: Method| (format!("/{}/{}", method.service, method.method), method);
         Self {
             shared: Arc::new(Shared {
                 methods: methods.into_iter().map(by_path).collect(),
-                unknown: Method { service: "unknown".into(), method: "unknown".into(), streaming: false },
+                unknown: Method { service: "unknown".into(), method: "unknown".into(), streaming: false, drains: true },
                 requests: metrics.grpc_requests.clone(),
                 seconds: metrics.grpc_request_seconds.clone(),
                 deadline,
+                shutdown,
             }),
         }
     }
@@ -133,9 +153,38 @@ where
             started,
             code: None,
         };
-        let expiry = allowed.and_then(|allowed| started.checked_add(allowed)).map(|at| Box::pin(sleep_until(at)));
-        GrpcFuture { inner: self.inner.call(request), expiry, call: Some(call), allowed }
+        let expiry = expiry(allowed, (!method.drains).then(|| self.shared.shutdown.clone()));
+        GrpcFuture { inner: self.inner.call(request), expiry, call: Some(call) }
     }
+}
+
+/// What ends a call from outside: its deadline, or shutdown. `None` where nothing does.
+fn expiry(allowed: Option<Duration>, shutdown: Option<CancellationToken>) -> Option<Expiry> {
+    if allowed.is_none() && shutdown.is_none() {
+        return None;
+    }
+    let at = allowed.and_then(|allowed| Instant::now().checked_add(allowed));
+    Some(Box::pin(async move {
+        let late = async {
+            match at {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        let draining = async {
+            match &shutdown {
+                Some(shutdown) => shutdown.cancelled().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = late => {
+                let millis = allowed.unwrap_or_default().as_millis();
+                End { code: DEADLINE_EXCEEDED, message: format!("the call did not end within {millis} ms") }
+            }
+            () = draining => End { code: UNAVAILABLE, message: "draining, try again".to_owned() },
+        }
+    }))
 }
 
 /// Counts when it is dropped. Without a code until then, the caller went away.
@@ -171,9 +220,8 @@ pin_project_lite::pin_project! {
     pub struct GrpcFuture<F> {
         #[pin]
         inner: F,
-        expiry: Option<Pin<Box<Sleep>>>,
+        expiry: Option<Expiry>,
         call: Option<Call>,
-        allowed: Option<Duration>,
     }
 }
 
@@ -194,12 +242,12 @@ where
             return Poll::Ready(Ok(response.map(body)));
         }
         let Some(expiry) = this.expiry else { return Poll::Pending };
-        ready!(expiry.as_mut().poll(context));
+        let end = ready!(expiry.as_mut().poll(context));
         let mut call = this.call.take().expect("not polled again after it was ready");
-        call.code = Some(DEADLINE_EXCEEDED);
+        call.code = Some(end.code);
         let mut response = Response::new(GrpcBody { inner: None, expiry: None, call: Some(call) });
         response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
-        response.headers_mut().extend(expired(this.allowed.unwrap_or_default()));
+        response.headers_mut().extend(end.headers());
         Poll::Ready(Ok(response))
     }
 }
@@ -209,7 +257,7 @@ pin_project_lite::pin_project! {
     pub struct GrpcBody<B> {
         #[pin]
         inner: Option<B>,
-        expiry: Option<Pin<Box<Sleep>>>,
+        expiry: Option<Expiry>,
         call: Option<Call>,
     }
 }
@@ -237,16 +285,13 @@ where
             return Poll::Ready(frame);
         }
         let Some(expiry) = this.expiry else { return Poll::Pending };
-        ready!(expiry.as_mut().poll(context));
-        let mut allowed = Duration::ZERO;
-        if let Some(call) = this.call.as_mut() {
-            call.code = Some(DEADLINE_EXCEEDED);
-            allowed = call.started.elapsed();
+        let end = ready!(expiry.as_mut().poll(context));
+        if let Some(mut call) = this.call.take() {
+            call.code = Some(end.code);
         }
-        *this.call = None;
         // Dropping it tells the service that nobody waits.
         this.inner.set(None);
-        Poll::Ready(Some(Ok(Frame::trailers(expired(allowed)))))
+        Poll::Ready(Some(Ok(Frame::trailers(end.headers()))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -258,12 +303,13 @@ where
     }
 }
 
-fn expired(allowed: Duration) -> HeaderMap {
-    let mut headers = HeaderMap::with_capacity(2);
-    headers.insert("grpc-status", HeaderValue::from_static("4"));
-    let message = format!("the call did not end within {} ms", allowed.as_millis());
-    headers.insert("grpc-message", HeaderValue::try_from(message).expect("digits and letters"));
-    headers
+impl End {
+    fn headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::with_capacity(2);
+        headers.insert("grpc-status", HeaderValue::from(self.code));
+        headers.insert("grpc-message", HeaderValue::try_from(&self.message).expect("digits and letters"));
+        headers
+    }
 }
 
 /// `grpc-timeout`: at most 8 digits and a unit. Anything else is ignored, as if it had not been sent.
@@ -295,9 +341,10 @@ mod tests {
     use crate::telemetry::Telemetry;
 
     fn layer(telemetry: &Telemetry) -> GrpcLayer {
-        let method = |method: &str, streaming| Method { service: "s.S".into(), method: method.into(), streaming };
+        let method =
+            |method: &str, streaming| Method { service: "s.S".into(), method: method.into(), streaming, drains: false };
         let methods = [method("Unary", false), method("Stream", true)];
-        GrpcLayer::new(methods, &Metrics::new(telemetry), Duration::from_secs(30))
+        GrpcLayer::new(methods, &Metrics::new(telemetry), Duration::from_secs(30), CancellationToken::new())
     }
 
     fn request(path: &str, timeout: Option<&str>) -> Request<()> {
@@ -383,6 +430,18 @@ mod tests {
         assert_eq!(started.elapsed().as_secs(), 60);
         assert_eq!(ended.trailers().unwrap()["grpc-status"], "4");
         assert!(counted(&telemetry, "Stream", "DEADLINE_EXCEEDED"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_its_service_leaves_open_ends_at_shutdown() {
+        let telemetry = Telemetry::new("test");
+        let layer = layer(&telemetry);
+        let stuck =
+            tower::service_fn(|_: Request<()>| std::future::pending::<Result<Response<Full<Bytes>>, Infallible>>());
+        let call = layer.clone().layer(stuck).oneshot(request("/s.S/Stream", None));
+        layer.shared.shutdown.cancel();
+        assert_eq!(call.await.unwrap().headers()["grpc-status"], "14");
+        assert!(counted(&telemetry, "Stream", "UNAVAILABLE"));
     }
 
     #[tokio::test(start_paused = true)]

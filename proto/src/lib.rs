@@ -3,6 +3,9 @@
 //! This crate knows no service: it opens no socket and keeps no state.
 
 pub mod codec;
+pub mod convert;
+pub mod json;
+pub mod methods;
 
 /// Package `understudy.v1`.
 #[allow(missing_docs)]

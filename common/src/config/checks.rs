@@ -16,6 +16,7 @@ pub fn check(service: Service, effective: &Effective) -> Vec<Problem> {
     checks.tls(service);
     checks.numbers();
     checks.devices();
+    checks.log();
     checks.problems
 }
 
@@ -101,6 +102,14 @@ impl Checks<'_> {
                     "write as /srv/pool=64GiB",
                 ),
             }
+        }
+    }
+
+    fn log(&mut self) {
+        let level = self.effective.text("log.level").unwrap_or_default().to_owned();
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(level) {
+            let remedy = "write error, warn, info, debug, trace, or directives as h2=warn,info";
+            self.report("log.level", format!("is not understood ({error})"), remedy);
         }
     }
 

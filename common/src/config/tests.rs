@@ -136,6 +136,7 @@ fn rules_between_settings_hold() {
         (["--pool-devices", "/a=lots"], "not PATH or PATH=SIZE"),
         (["--limits-in-flight", "2MiB"], "could never be admitted"),
         (["--log-format", "xml"], "one of human, json"),
+        (["--log-level", "h2=loud"], "is not understood"),
     ] {
         let arguments = base.iter().chain(&more).map(OsString::from).collect();
         let errors = refused::<BackupConfig>(arguments, vec![]);

@@ -15,6 +15,10 @@ pub trait FromSettings: Sized {
     const SERVICE: Service;
     /// `effective` is free of problems and of this service's table.
     fn from_settings(effective: &Effective) -> Self;
+    /// Where everything durable is.
+    fn data_dir(&self) -> &Path;
+    /// How to log.
+    fn log(&self) -> &LogConfig;
 }
 
 /// Settings of the primary.
@@ -224,6 +228,14 @@ impl FromSettings for PrimaryConfig {
             log: log(from),
         }
     }
+
+    fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
+    fn log(&self) -> &LogConfig {
+        &self.log
+    }
 }
 
 impl FromSettings for BackupConfig {
@@ -245,6 +257,14 @@ impl FromSettings for BackupConfig {
             tls: tls(from),
             log: log(from),
         }
+    }
+
+    fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
+    fn log(&self) -> &LogConfig {
+        &self.log
     }
 }
 
