@@ -1,1 +1,6 @@
-//! Understudy's backup service.
+//! Understudy's backup service: holds what the primary has, and serves it to readers.
+
+pub mod api;
+pub mod error;
+pub mod run;
+pub mod services;
