@@ -1,6 +1,6 @@
 //! From settings to a served node, and back down: build, serve, drain.
 
-use std::{future::Future, net::SocketAddr, path::Path, sync::Arc};
+use std::{future::Future, net::SocketAddr, path::Path, process::ExitCode, sync::Arc};
 
 use serde_json::json;
 use tokio::{net::TcpListener, task::JoinSet};
@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use understudy_common::{
     admin::{AdminPort, Readiness},
     config::BackupConfig,
-    process::{Exit, Failure},
+    process::{self, Exit, Failure},
     serve::{self, BindError, Protocol, ServeLimits},
     telemetry::{Metrics, Telemetry, write_ready_file},
     tls::{self, ServerTls},
@@ -27,6 +27,13 @@ struct Door {
     address: SocketAddr,
     audience: Audience,
     tls: Option<ServerTls>,
+}
+
+/// The whole program: settings, log, lock, [`run`], exit code.
+pub fn main<N: ReplicaNode, F: Future<Output = Result<N, Failure>>>(
+    open: impl FnOnce(BackupConfig, Metrics) -> F,
+) -> ExitCode {
+    process::run(|config, shutdown| run(config, shutdown, open))
 }
 
 /// Serves until `shutdown` or a failure of the node. `open` recovers the node; until it returns, the admin port answers

@@ -10,7 +10,7 @@ use std::{
     error::Error as StdError,
     future::Future,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
-use prometheus::{HistogramVec, IntCounterVec};
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tower::{Layer, Service};
@@ -45,6 +45,7 @@ const CODES: [&str; 17] = [
     "DATA_LOSS",
     "UNAUTHENTICATED",
 ];
+const OK: usize = 0;
 const CANCELLED: usize = 1;
 const DEADLINE_EXCEEDED: usize = 4;
 const UNAVAILABLE: usize = 14;
@@ -70,12 +71,26 @@ pub struct GrpcLayer {
 
 #[derive(Debug)]
 struct Shared {
-    methods: HashMap<String, Method>,
-    unknown: Method,
+    methods: HashMap<String, Arc<Entry>>,
+    unknown: Arc<Entry>,
     requests: IntCounterVec,
     seconds: HistogramVec,
     deadline: Duration,
     shutdown: CancellationToken,
+}
+
+/// A method, and its metrics once they are needed: looking them up by label costs more than counting.
+#[derive(Debug)]
+struct Entry {
+    method: Method,
+    ok: OnceLock<IntCounter>,
+    seconds: OnceLock<Histogram>,
+}
+
+impl Entry {
+    fn new(method: Method) -> Arc<Self> {
+        Arc::new(Self { method, ok: OnceLock::new(), seconds: OnceLock::new() })
+    }
 }
 
 /// An end that comes from outside of the service.
@@ -96,11 +111,16 @@ impl GrpcLayer {
         deadline: Duration,
         shutdown: CancellationToken,
     ) -> Self {
-        let by_path = |method: Method| (format!("/{}/{}", method.service, method.method), method);
+        let by_path = |method: Method| (format!("/{}/{}", method.service, method.method), Entry::new(method));
         Self {
             shared: Arc::new(Shared {
                 methods: methods.into_iter().map(by_path).collect(),
-                unknown: Method { service: "unknown".into(), method: "unknown".into(), streaming: false, drains: true },
+                unknown: Entry::new(Method {
+                    service: "unknown".into(),
+                    method: "unknown".into(),
+                    streaming: false,
+                    drains: true,
+                }),
                 requests: metrics.grpc_requests.clone(),
                 seconds: metrics.grpc_request_seconds.clone(),
                 deadline,
@@ -139,20 +159,14 @@ where
     }
 
     fn call(&mut self, request: Request<I>) -> GrpcFuture<S::Future> {
-        let method = self.shared.methods.get(request.uri().path()).unwrap_or(&self.shared.unknown);
+        let entry = self.shared.methods.get(request.uri().path()).unwrap_or(&self.shared.unknown);
+        let method = &entry.method;
         let asked = request.headers().get("grpc-timeout").and_then(parse_timeout);
         let allowed = match (method.streaming, asked) {
             (true, asked) => asked,
             (false, asked) => Some(asked.unwrap_or(self.shared.deadline).min(self.shared.deadline)),
         };
-        let started = Instant::now();
-        let call = Call {
-            service: method.service.clone(),
-            method: method.method.clone(),
-            shared: self.shared.clone(),
-            started,
-            code: None,
-        };
+        let call = Call { entry: entry.clone(), shared: self.shared.clone(), started: Instant::now(), code: None };
         let expiry = expiry(allowed, (!method.drains).then(|| self.shared.shutdown.clone()));
         GrpcFuture { inner: self.inner.call(request), expiry, call: Some(call) }
     }
@@ -190,8 +204,7 @@ fn expiry(allowed: Option<Duration>, shutdown: Option<CancellationToken>) -> Opt
 /// Counts when it is dropped. Without a code until then, the caller went away.
 #[derive(Debug)]
 struct Call {
-    service: String,
-    method: String,
+    entry: Arc<Entry>,
     shared: Arc<Shared>,
     started: Instant,
     code: Option<usize>,
@@ -208,10 +221,15 @@ impl Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        let code = CODES[self.code.unwrap_or(CANCELLED)];
-        self.shared.requests.with_label_values(&[&self.service, &self.method, code]).inc();
-        let elapsed = self.started.elapsed().as_secs_f64();
-        self.shared.seconds.with_label_values(&[&self.service, &self.method]).observe(elapsed);
+        let Self { entry, shared, .. } = &*self;
+        let labels = [entry.method.service.as_str(), &entry.method.method];
+        let count = |code| shared.requests.with_label_values(&[labels[0], labels[1], CODES[code]]);
+        match self.code.unwrap_or(CANCELLED) {
+            OK => entry.ok.get_or_init(|| count(OK)).inc(),
+            code => count(code).inc(),
+        }
+        let seconds = entry.seconds.get_or_init(|| shared.seconds.with_label_values(&labels));
+        seconds.observe(self.started.elapsed().as_secs_f64());
     }
 }
 

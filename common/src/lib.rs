@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod checksum;
 pub mod config;
+pub mod events;
 pub mod grpc;
 pub mod mutant;
 pub mod process;

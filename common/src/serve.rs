@@ -299,3 +299,5 @@ where
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;

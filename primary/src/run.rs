@@ -1,6 +1,6 @@
 //! From settings to a served engine, and back down: build, serve, drain.
 
-use std::{future::Future, sync::Arc};
+use std::{future::Future, process::ExitCode, sync::Arc};
 
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use understudy_common::{
     admin::{AdminPort, Readiness},
     config::PrimaryConfig,
-    process::{Exit, Failure},
+    process::{self, Exit, Failure},
     serve::{self, BindError, Protocol, ServeLimits},
     telemetry::{Metrics, Telemetry, write_ready_file},
     tls::{self, ServerTls},
@@ -17,6 +17,13 @@ use understudy_common::{
 use understudy_proto::json;
 
 use crate::{api::BlockEngine, services};
+
+/// The whole program: settings, log, lock, [`run`], exit code.
+pub fn main<E: BlockEngine, F: Future<Output = Result<E, Failure>>>(
+    open: impl FnOnce(PrimaryConfig, Metrics) -> F,
+) -> ExitCode {
+    process::run(|config, shutdown| run(config, shutdown, open))
+}
 
 /// Serves until `shutdown` or a failure of the engine. `open` recovers the engine; until it returns, the admin port
 /// answers and says that the service is not ready.
@@ -110,4 +117,89 @@ fn listener_tls(config: &PrimaryConfig) -> Result<Option<ServerTls>, Failure> {
 
 fn bad_address(error: BindError) -> Failure {
     Failure::new(Exit::Config, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::Value;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+        sync::oneshot,
+    };
+    use understudy_common::config::{self, Start};
+    use understudy_proto::v1::{GetStatusRequest, replication_service_client::ReplicationServiceClient};
+
+    use super::*;
+    use crate::services::tests::Memory;
+
+    fn config(folder: &Path) -> PrimaryConfig {
+        let ready = folder.join("ready.json");
+        let arguments = [
+            "p",
+            "--listen=127.0.0.1:0",
+            "--admin-listen=127.0.0.1:0",
+            "--data-dir",
+            folder.to_str().unwrap(),
+            "--ready-file",
+            ready.to_str().unwrap(),
+        ];
+        match config::start::<PrimaryConfig>(arguments.map(Into::into), []) {
+            Start::Run { config, .. } => *config,
+            Start::Exit { errors, .. } => panic!("{errors}"),
+        }
+    }
+
+    async fn get(address: &str, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn a_service_is_ready_when_it_says_so_and_ends_when_it_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        let shutdown = CancellationToken::new();
+        let ready_file = folder.path().join("ready.json");
+        let (recover, recovered) = oneshot::channel::<()>();
+        let service = tokio::spawn(run(config, shutdown.clone(), |_, _| async {
+            recovered.await.unwrap();
+            Ok(Memory::new(u64::MAX))
+        }));
+        tokio::task::yield_now().await;
+        assert!(!ready_file.exists(), "ready before it was recovered");
+        recover.send(()).unwrap();
+        while !ready_file.exists() {
+            tokio::task::yield_now().await;
+        }
+        let ready: Value = serde_json::from_slice(&std::fs::read(&ready_file).unwrap()).unwrap();
+        assert_eq!(ready["pid"], std::process::id());
+        assert_eq!(ready["replica"], Value::Null);
+        let admin = ready["admin"].as_str().unwrap();
+        assert!(get(admin, "/readyz").await.starts_with("HTTP/1.1 200 OK"));
+        assert!(get(admin, "/metrics").await.contains("understudy_build_info{role=\"primary\""));
+        assert!(get(admin, "/").await.contains("understudy primary"));
+        let url = format!("http://{}", ready["grpc"].as_str().unwrap());
+        let mut client = ReplicationServiceClient::connect(url).await.unwrap();
+        assert_eq!(client.get_status(GetStatusRequest {}).await.unwrap().into_inner().role, "primary");
+        shutdown.cancel();
+        service.await.unwrap().unwrap();
+        assert!(client.get_status(GetStatusRequest {}).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_failure_to_recover_is_the_failure_of_the_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let failure = Failure::new(Exit::Storage, "the journal is damaged");
+        let open = async |_, _| Err::<Memory, _>(failure.clone());
+        let ended = run(config(folder.path()), CancellationToken::new(), open).await;
+        assert_eq!(ended, Err(failure));
+        assert!(!folder.path().join("ready.json").exists());
+    }
 }

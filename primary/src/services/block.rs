@@ -7,7 +7,7 @@ use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 use understudy_proto::v1::{self, block_service_server::BlockService, read_blocks_response::Content};
 
-use super::{Shared, key, length, seconds, stream, within};
+use super::{Shared, key, length, stream, within};
 use crate::api::{
     BlockEngine, ClientSequence, EngineError, PieceContent, VolumeKey, WriteAck, WriteKind, WriteRequest,
 };
@@ -138,7 +138,7 @@ impl<E> Shared<E> {
     pub(super) fn acknowledged(&self, bytes: u64, started: Instant) {
         self.metrics.writes.inc();
         self.metrics.write_bytes.inc_by(bytes);
-        self.metrics.write_ack_seconds.with_label_values(&["continuous"]).observe(seconds(started.elapsed()));
+        self.ack_seconds.observe(started.elapsed().as_secs_f64());
     }
 }
 

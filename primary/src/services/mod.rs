@@ -4,13 +4,12 @@ mod block;
 mod replication;
 mod stream;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod volume;
-
-use std::time::Duration;
 
 use axum::Router;
 use bytes::Bytes;
+use prometheus::Histogram;
 use tokio_util::sync::CancellationToken;
 use tonic::{server::NamedService, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -42,6 +41,8 @@ const MESSAGE_OVERHEAD_BYTES: usize = 4096;
 struct Shared<E> {
     engine: E,
     metrics: Metrics,
+    /// `write_ack_seconds` of continuous mode.
+    ack_seconds: Histogram,
     /// Largest payload.
     message_bytes: usize,
     /// Streams end when it is cancelled.
@@ -63,8 +64,13 @@ pub async fn services<E: BlockEngine>(
     metrics: &Metrics,
     shutdown: CancellationToken,
 ) -> Services {
-    let shared =
-        Shared { engine, metrics: metrics.clone(), message_bytes: limits.message_bytes, shutdown: shutdown.clone() };
+    let shared = Shared {
+        engine,
+        metrics: metrics.clone(),
+        ack_seconds: metrics.write_ack_seconds.with_label_values(&["continuous"]),
+        message_bytes: limits.message_bytes,
+        shutdown: shutdown.clone(),
+    };
     let limit = limits.message_bytes + MESSAGE_OVERHEAD_BYTES;
     let (reporter, health_server) = tonic_health::server::health_reporter();
     let health = Health(reporter);
@@ -146,9 +152,4 @@ fn within(bytes: u64, limit: usize) -> Result<(), EngineError> {
 /// The length of `data`.
 fn length(data: &Bytes) -> u64 {
     u64::try_from(data.len()).unwrap_or(u64::MAX)
-}
-
-/// Shown as the duration of a wait.
-fn seconds(duration: Duration) -> f64 {
-    duration.as_secs_f64()
 }

@@ -30,9 +30,9 @@ use crate::api::*;
 
 /// Volumes in memory; a write settles when `settled` reaches its LSN.
 #[derive(Clone)]
-struct Memory(Arc<Inner>);
+pub(crate) struct Memory(Arc<Inner>);
 
-struct Inner {
+pub(crate) struct Inner {
     state: Mutex<State>,
     /// Everything up to this LSN is durable.
     settled: watch::Sender<u64>,
@@ -47,13 +47,13 @@ struct State {
     sequences: HashSet<(String, u64)>,
 }
 
-struct Ticket {
+pub(crate) struct Ticket {
     lsn: u64,
     duplicate: bool,
 }
 
 impl Memory {
-    fn new(settled: u64) -> Self {
+    pub(crate) fn new(settled: u64) -> Self {
         let (settled, _) = watch::channel(settled);
         Self(Arc::new(Inner { state: Mutex::default(), settled, events: Mutex::default() }))
     }
