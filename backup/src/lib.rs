@@ -1,3 +1,7 @@
-//! Understudy backup service.
+//! Understudy's backup service: holds what the primary has, and serves it to readers.
 
+pub mod api;
+pub mod error;
 pub mod receiver;
+pub mod run;
+pub mod services;

@@ -3,14 +3,22 @@
 //! Nothing here knows gRPC. Decisions are plain state machines; all file I/O goes through the [`storage`] seam, so that
 //! the simulation can crash between any two calls.
 
+pub mod admin;
 pub mod catalog;
 pub mod checksum;
+pub mod config;
+pub mod events;
+pub mod grpc;
 pub mod journal;
 pub mod mutant;
 pub mod pool;
+pub mod process;
 pub mod record;
+pub mod serve;
 pub mod state;
 pub mod storage;
 pub mod store;
+pub mod telemetry;
+pub mod tls;
 pub mod types;
 pub mod units;

@@ -34,58 +34,6 @@ const ZERO_BLOCKS_MAX: u64 = 1 << 18;
 /// Largest volume: 16 EiB would overflow byte offsets on the way.
 const VOLUME_BYTES_MAX: u64 = 1 << 60;
 
-/// How a request names its volume.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum VolumeKey {
-    /// By id.
-    Id(VolumeId),
-    /// By name.
-    Name(String),
-}
-
-/// A change that a client asks for, in bytes.
-#[derive(Debug, Clone)]
-pub struct WriteRequest {
-    /// The volume.
-    pub volume: VolumeKey,
-    /// First byte.
-    pub offset_bytes: u64,
-    /// What is to be there.
-    pub kind: WriteKind,
-    /// CRC32C of the data as the client computed it.
-    pub crc32c: Option<u32>,
-    /// For at most once.
-    pub client: Option<ClientSequence>,
-}
-
-/// What a write leaves.
-#[derive(Debug, Clone)]
-pub enum WriteKind {
-    /// These bytes.
-    Data(Bytes),
-    /// Zeros, to the byte.
-    Zeroes {
-        /// How many bytes.
-        length_bytes: u64,
-    },
-    /// Zeros in the whole blocks inside; their space is given back.
-    Discard {
-        /// How many bytes.
-        length_bytes: u64,
-    },
-}
-
-/// A write that is as durable as its rule promises.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WriteAck {
-    /// Its place, or for a repeated request one that covers it.
-    pub position: Position,
-    /// The backup has it, too.
-    pub both: bool,
-    /// It repeated a request that had been applied.
-    pub duplicate: bool,
-}
-
 /// Bytes in flight that a request may hold.
 #[derive(Debug)]
 pub struct Permit {
@@ -109,28 +57,6 @@ impl Ticket {
     }
 }
 
-/// A part of a volume that was read.
-#[derive(Debug, Clone)]
-pub struct ReadPiece {
-    /// Where it begins.
-    pub offset_bytes: u64,
-    /// What is there.
-    pub content: ReadContent,
-    /// CRC32C of the data.
-    pub crc32c: u32,
-    /// Newest position of the group when it was read.
-    pub position: Position,
-}
-
-/// Bytes or a hole.
-#[derive(Debug, Clone)]
-pub enum ReadContent {
-    /// Bytes.
-    Data(Bytes),
-    /// So many zeros, never written or discarded.
-    Zeros(u64),
-}
-
 /// Bounds on what clients may ask.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -146,100 +72,65 @@ pub struct Limits {
     pub inline_reads: bool,
 }
 
-/// Why a request is refused.
-#[derive(Debug, Error)]
-pub enum EngineError {
-    /// No such volume.
-    #[error("volume {0} does not exist: see `understudy volume list`")]
-    NoVolume(String),
-    /// The name is taken.
-    #[error("volume {0:?} exists already: choose another name or delete it first")]
-    VolumeExists(String),
-    /// A value that cannot be.
-    #[error("{0}")]
-    Invalid(String),
-    /// Past the end of the volume.
-    #[error("bytes {offset}..{end} lie outside of the volume, which has {size} bytes")]
-    OutOfRange {
-        /// First byte of the request.
-        offset: u64,
-        /// One behind the last.
-        end: u64,
-        /// Size of the volume.
-        size: u64,
-    },
-    /// The data was damaged on its way here.
-    #[error(
-        "the data has CRC32C {found:08x}, the request says {expected:08x}: it was damaged on its way, send it again"
-    )]
-    Checksum {
-        /// In the request.
-        expected: u32,
-        /// Of the bytes.
-        found: u32,
-    },
-    /// There is no room, and none came in time.
-    #[error("{0}")]
-    Full(String),
-    /// A state in which the request cannot be done.
-    #[error("{0}")]
-    Precondition(String),
-    /// The backup is away and the volume's rule is to block.
-    #[error(
-        "the backup is away and the volume is set to both+block: writes go on when it is back, or set the volume to degrade"
-    )]
-    BackupAway,
-    /// The write has an LSN but its acknowledgement did not come in time.
-    #[error(
-        "the write is staged at {0} but was not acknowledged in time: its outcome is unknown, repeat it with the same client id and sequence"
-    )]
-    OutcomeUnknown(Position),
-    /// The service ends.
-    #[error("the service is draining: connect again")]
-    Draining,
-    /// The bytes on disk are not those that were written.
-    #[error("{0}")]
-    DataLoss(String),
-    /// The store has failed.
-    #[error("{0}")]
-    Failed(String),
-}
-
-impl From<SubmitError> for EngineError {
-    fn from(error: SubmitError) -> Self {
-        let text = error.to_string();
+impl EngineError {
+    fn of_submit(error: SubmitError, spec: &VolumeSpec, client: Option<&ClientSequence>, waited: Duration) -> Self {
+        let waited_ms = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
         match error {
-            SubmitError::Failed(_) => Self::Failed(text),
-            SubmitError::NoVolume(volume) => Self::NoVolume(volume.to_string()),
-            SubmitError::OutOfRange { first, end, blocks } => Self::OutOfRange { offset: first, end, size: blocks },
-            SubmitError::Shape { .. } | SubmitError::TooLarge { .. } => Self::Invalid(text),
-            SubmitError::SequenceTooOld { .. } => Self::Precondition(text),
-            SubmitError::Space(_) | SubmitError::StagingFull { .. } => Self::Full(text),
+            SubmitError::Failed(failed) => Self::Failed { why: failed.to_string() },
+            SubmitError::NoVolume(_) => Self::NoVolume { volume: spec.name.clone() },
+            SubmitError::OutOfRange { first, end, blocks } => {
+                let block_bytes = u64::from(spec.block_size.bytes());
+                Self::OutOfRange {
+                    volume: spec.name.clone(),
+                    offset_bytes: first * block_bytes,
+                    length_bytes: (end - first) * block_bytes,
+                    size_bytes: blocks * block_bytes,
+                }
+            }
+            SubmitError::Shape { .. } => Self::Invalid { field: "data", why: error.to_string() },
+            SubmitError::TooLarge { needed, max } => Self::TooLarge { bytes: needed, limit_bytes: max },
+            SubmitError::SequenceTooOld { sequence, highest } => Self::SequenceTooOld {
+                client: client.map_or_else(String::new, |c| c.client.clone()),
+                sequence,
+                newest: highest,
+                window: SEQUENCE_WINDOW,
+            },
+            SubmitError::Space(space) => {
+                let segment = u64::from(spec.segment_bytes);
+                Self::NoSpace {
+                    needed_bytes: space.needed * segment,
+                    free_bytes: space.free.saturating_sub(space.reserved) * segment,
+                }
+            }
+            SubmitError::StagingFull { span, capacity, .. } => {
+                Self::StagingFull { span_bytes: span, capacity_bytes: capacity, waited_ms }
+            }
+        }
+    }
+
+    fn of_read(error: ReadFailure, spec: &VolumeSpec) -> Self {
+        match error {
+            ReadFailure::NoVolume(_) => Self::NoVolume { volume: spec.name.clone() },
+            ReadFailure::OutOfRange { first, end, blocks } => {
+                let no_wait = Duration::ZERO;
+                Self::of_submit(SubmitError::OutOfRange { first, end, blocks }, spec, None, no_wait)
+            }
+            ReadFailure::Damaged { block, .. } => Self::DataLoss {
+                volume: spec.name.clone(),
+                offset_bytes: block * u64::from(spec.block_size.bytes()),
+            },
+            ReadFailure::Submit(error) => Self::of_submit(error, spec, None, Duration::ZERO),
+            ReadFailure::Failed(_) | ReadFailure::Pool(_) | ReadFailure::Io(_) | ReadFailure::Readers => {
+                Self::Failed { why: error.to_string() }
+            }
         }
     }
 }
 
-impl From<ReadFailure> for EngineError {
-    fn from(error: ReadFailure) -> Self {
-        let text = error.to_string();
-        match error {
-            ReadFailure::NoVolume(volume) => Self::NoVolume(volume.to_string()),
-            ReadFailure::OutOfRange { first, end, blocks } => Self::OutOfRange { offset: first, end, size: blocks },
-            ReadFailure::Damaged { .. } => Self::DataLoss(text),
-            ReadFailure::Failed(_) | ReadFailure::Pool(_) | ReadFailure::Io(_) => Self::Failed(text),
-            ReadFailure::Readers => Self::Full(text),
-            ReadFailure::Submit(error) => error.into(),
-        }
-    }
-}
-
-impl From<ModifyError> for EngineError {
-    fn from(error: ModifyError) -> Self {
-        match error {
-            ModifyError::Read(error) => error.into(),
-            ModifyError::Submit(error) => error.into(),
-        }
-    }
+/// Why a change was not admitted, before it is known how long it waits.
+enum Refused {
+    Submit(SubmitError),
+    Engine(EngineError),
 }
 
 struct Inner {

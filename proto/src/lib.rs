@@ -4,6 +4,8 @@
 
 pub mod codec;
 pub mod convert;
+pub mod json;
+pub mod methods;
 
 /// Package `understudy.v1`.
 #[allow(missing_docs)]

@@ -1,0 +1,274 @@
+//! The services over a real loopback socket, with a node in memory.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tonic::{Code, Status, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use understudy_common::{
+    config::{self, BackupConfig, Start},
+    process::Failure,
+    serve::{self, Protocol, ServeLimits},
+    telemetry::Telemetry,
+    types::{Lsn, Position, Uid},
+};
+use understudy_proto::v1::{
+    self, backup_service_client::BackupServiceClient, read_image_response::Content,
+    replica_service_client::ReplicaServiceClient,
+};
+
+use super::*;
+use crate::api::*;
+
+const SESSION: Bytes = Bytes::from_static(&[7; 16]);
+
+/// Takes records of session [`SESSION`] in dense order; they are durable when a test says so.
+#[derive(Clone)]
+struct Memory(Arc<Inner>);
+
+struct Inner {
+    received: watch::Sender<u64>,
+    durable: watch::Sender<u64>,
+    events: Mutex<Vec<mpsc::Sender<v1::Event>>>,
+}
+
+struct Image;
+
+impl ReplicaNode for Memory {
+    type Image = Image;
+
+    async fn attach(&self, request: v1::AttachRequest) -> Result<v1::AttachResponse, NodeError> {
+        if request.protocol != 1 {
+            return Err(NodeError::Protocol { found: request.protocol, supported: 1 });
+        }
+        Ok(v1::AttachResponse { session: SESSION, ..Default::default() })
+    }
+
+    async fn receive(&self, record: v1::StagedRecord) -> Result<(), NodeError> {
+        let expected = *self.0.received.borrow() + 1;
+        if record.ship != expected {
+            return Err(NodeError::Gap { what: "ship number", found: record.ship, expected });
+        }
+        self.0.received.send_replace(record.ship);
+        Ok(())
+    }
+
+    async fn acknowledged(&self, session: Uid, after: u64) -> Result<v1::StagedAck, NodeError> {
+        if session.0 != [7; 16] {
+            return Err(NodeError::OldSession { session });
+        }
+        let ship = *self.0.durable.subscribe().wait_for(|durable| *durable > after).await.unwrap();
+        Ok(v1::StagedAck { session: SESSION, ship, refusals: vec![] })
+    }
+
+    async fn heartbeat(&self, request: v1::HeartbeatRequest) -> Result<v1::HeartbeatResponse, NodeError> {
+        let durable_ship = *self.0.durable.borrow();
+        Ok(v1::HeartbeatResponse { session: request.session, durable_ship, ..Default::default() })
+    }
+
+    async fn open_image(&self, volume: &VolumeKey) -> Result<Image, NodeError> {
+        match volume {
+            VolumeKey::Name(name) if name == "v" => Ok(Image),
+            other => Err(NodeError::NoVolume { volume: other.to_string() }),
+        }
+    }
+
+    fn image_info(&self, _: &Image) -> ImageInfo {
+        ImageInfo { volume: "v".into(), size_bytes: 10_000, position: Position { generation: 1, lsn: Lsn(5) } }
+    }
+
+    async fn read_piece(&self, _: &Image, offset_bytes: u64, max_bytes: u64) -> Result<PieceContent, NodeError> {
+        if offset_bytes >= 8192 {
+            return Ok(PieceContent::Zeros(1 << 20));
+        }
+        let data = Bytes::from(vec![1; usize::try_from(max_bytes.min(8192 - offset_bytes)).unwrap()]);
+        let crc32c = understudy_common::checksum::crc32c(&data);
+        Ok(PieceContent::Data { data, crc32c })
+    }
+
+    fn status(&self) -> v1::Status {
+        v1::Status { role: "backup".into(), ..Default::default() }
+    }
+
+    fn subscribe(&self, after: u64) -> EventStream {
+        let (sender, receiver) = mpsc::channel(8);
+        sender.try_send(v1::Event { number: after, kind: "state".into(), ..Default::default() }).unwrap();
+        self.0.events.lock().push(sender);
+        Box::pin(ReceiverStream::new(receiver))
+    }
+
+    fn refresh_metrics(&self) {}
+
+    async fn failed(&self) -> Failure {
+        std::future::pending().await
+    }
+
+    async fn close(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+}
+
+struct Served {
+    node: Memory,
+    shutdown: CancellationToken,
+    address: SocketAddr,
+    server: tokio::task::JoinHandle<usize>,
+}
+
+async fn serve(audience: Audience) -> Served {
+    let arguments = ["b", "--data-dir", "/d", "--limits-message", "1MiB"].map(Into::into);
+    let Start::Run { config, .. } = config::start::<BackupConfig>(arguments, []) else { panic!("refused") };
+    let (received, durable) = (watch::channel(0).0, watch::channel(0).0);
+    let node = Memory(Arc::new(Inner { received, durable, events: Mutex::default() }));
+    let shutdown = CancellationToken::new();
+    let metrics = Metrics::new(&Telemetry::new("backup"));
+    let services = services(node.clone(), audience, &config.limits, &metrics, shutdown.clone()).await;
+    services.health.set(true).await;
+    let listener = serve::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let limits = ServeLimits::default();
+    let server = tokio::spawn(serve::serve(listener, Protocol::Grpc, None, limits, services.router, shutdown.clone()));
+    Served { node, shutdown, address, server }
+}
+
+impl Served {
+    async fn channel(&self) -> Channel {
+        Channel::from_shared(format!("http://{}", self.address)).unwrap().connect().await.unwrap()
+    }
+
+    async fn exchange(
+        &self,
+    ) -> (mpsc::Sender<v1::StagedRecord>, impl StreamExt<Item = Result<v1::StagedAck, Status>> + Unpin + use<>) {
+        let (sender, receiver) = mpsc::channel(16);
+        let mut client = ReplicaServiceClient::new(self.channel().await);
+        // Answered before the first record: a primary without writes holds a session too.
+        let acks = client.write_block(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+        (sender, acks)
+    }
+}
+
+fn record(ship: u64) -> v1::StagedRecord {
+    v1::StagedRecord { session: SESSION, ship, ..Default::default() }
+}
+
+#[tokio::test]
+async fn records_are_acknowledged_when_they_are_durable() {
+    let served = serve(Audience::All).await;
+    let (records, mut acks) = served.exchange().await;
+    for ship in 1..=3 {
+        records.send(record(ship)).await.unwrap();
+    }
+    served.node.0.received.subscribe().wait_for(|received| *received == 3).await.unwrap();
+    served.node.0.durable.send_replace(2);
+    assert_eq!(acks.next().await.unwrap().unwrap().ship, 2);
+    // The primary ends the stream; the rest is acknowledged before the stream ends.
+    drop(records);
+    served.node.0.durable.send_replace(3);
+    assert_eq!(acks.next().await.unwrap().unwrap().ship, 3);
+    assert!(acks.next().await.is_none());
+}
+
+#[tokio::test]
+async fn a_refused_record_ends_the_stream_with_the_reason() {
+    for (record, code, part) in [
+        (record(2), Code::FailedPrecondition, "ship number 2 came where 1 was next"),
+        (v1::StagedRecord { session: Bytes::from_static(b"short"), ..record(1) }, Code::InvalidArgument, "session"),
+        (v1::StagedRecord { session: Bytes::from_static(&[8; 16]), ..record(1) }, Code::Aborted, "attach again"),
+    ] {
+        let served = serve(Audience::Primary).await;
+        let (records, mut acks) = served.exchange().await;
+        records.send(record).await.unwrap();
+        let status = acks.next().await.unwrap().unwrap_err();
+        assert_eq!(status.code(), code, "{status}");
+        assert!(status.message().contains(part), "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_without_records_ends_with_its_primary() {
+    let served = serve(Audience::Primary).await;
+    let (records, mut acks) = served.exchange().await;
+    drop(records);
+    assert!(acks.next().await.is_none());
+}
+
+#[tokio::test]
+async fn streams_end_at_shutdown() {
+    let served = serve(Audience::All).await;
+    let (records, mut acks) = served.exchange().await;
+    records.send(record(1)).await.unwrap();
+    served.node.0.received.subscribe().wait_for(|received| *received == 1).await.unwrap();
+    let mut client = BackupServiceClient::new(served.channel().await);
+    let mut events = client.watch_events(v1::WatchEventsRequest { after: 3 }).await.unwrap().into_inner();
+    assert_eq!(events.next().await.unwrap().unwrap().number, 3);
+    served.shutdown.cancel();
+    assert_eq!(acks.next().await.unwrap().unwrap_err().code(), Code::Unavailable);
+    assert_eq!(events.next().await.unwrap().unwrap_err().code(), Code::Unavailable);
+    assert_eq!(served.server.await.unwrap(), 0, "nothing had to be dropped");
+}
+
+#[tokio::test]
+async fn an_image_is_read_in_pieces_of_one_position() {
+    let served = serve(Audience::Operators).await;
+    let mut client = BackupServiceClient::new(served.channel().await);
+    let request =
+        v1::ReadImageRequest { volume: "v".into(), offset_bytes: 100, chunk_bytes: 4096, ..Default::default() };
+    let mut pieces = client.read_blocks(request.clone()).await.unwrap().into_inner();
+    let mut next = 100;
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.unwrap();
+        assert_eq!((piece.offset_bytes, piece.volume_size_bytes), (next, 10_000));
+        assert_eq!(piece.position, Some(v1::Position { generation: 1, lsn: 5 }));
+        next += match piece.content.unwrap() {
+            Content::Data(data) => data.len() as u64,
+            Content::ZeroBytes(bytes) => bytes,
+        };
+    }
+    assert_eq!(next, 10_000);
+    for (request, code) in [
+        (v1::ReadImageRequest { offset_bytes: 10_001, ..request.clone() }, Code::OutOfRange),
+        (v1::ReadImageRequest { length_bytes: 9_901, ..request.clone() }, Code::OutOfRange),
+        (v1::ReadImageRequest { volume: "w".into(), ..request.clone() }, Code::NotFound),
+        (v1::ReadImageRequest { volume: String::new(), ..request.clone() }, Code::InvalidArgument),
+        (v1::ReadImageRequest { chunk_bytes: 2 << 20, ..request }, Code::ResourceExhausted),
+    ] {
+        assert_eq!(client.read_blocks(request).await.unwrap_err().code(), code);
+    }
+}
+
+#[tokio::test]
+async fn each_listener_serves_its_audience_alone() {
+    for (audience, backup, replica) in
+        [(Audience::Operators, true, false), (Audience::Primary, false, true), (Audience::All, true, true)]
+    {
+        let served = serve(audience).await;
+        let channel = served.channel().await;
+        let attach = v1::AttachRequest { protocol: 1, ..Default::default() };
+        let attached = ReplicaServiceClient::new(channel.clone()).attach(attach).await;
+        let status = BackupServiceClient::new(channel.clone()).get_status(v1::GetStatusRequest {}).await;
+        assert_eq!(attached.is_ok(), replica, "{audience:?}");
+        assert_eq!(status.is_ok(), backup, "{audience:?}");
+        if let Err(refused) = attached {
+            assert_eq!(refused.code(), Code::Unimplemented);
+        }
+        for (name, there) in [("understudy.v1.BackupService", backup), ("understudy.v1.ReplicaService", replica)] {
+            let check = HealthCheckRequest { service: name.into() };
+            assert_eq!(HealthClient::new(channel.clone()).check(check).await.is_ok(), there, "{audience:?} {name}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn attach_and_heartbeat_pass_through() {
+    let served = serve(Audience::Primary).await;
+    let mut client = ReplicaServiceClient::new(served.channel().await);
+    let status = client.attach(v1::AttachRequest { protocol: 9, ..Default::default() }).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("protocol 9"), "{status}");
+    served.node.0.durable.send_replace(4);
+    let beat = v1::HeartbeatRequest { session: SESSION, ..Default::default() };
+    assert_eq!(client.heartbeat(beat).await.unwrap().into_inner().durable_ship, 4);
+}

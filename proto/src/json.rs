@@ -1,0 +1,100 @@
+//! A status as JSON, with the stable names of `understudy --json status`.
+
+use serde_json::{Value, json};
+
+use crate::v1;
+
+/// All of `status`. Absent messages are `null`.
+#[must_use]
+pub fn status(status: &v1::Status) -> Value {
+    json!({
+        "role": status.role,
+        "pair_id": status.pair_id,
+        "instance_id": status.instance_id,
+        "generation": status.generation,
+        "version": status.version,
+        "recovery_seconds": status.recovery_seconds,
+        "recovery_records": status.recovery_records,
+        "link": status.link.as_ref().map(|link| json!({
+            "state": link.state,
+            "rtt_ms": link.rtt_ms,
+            "since": link.since_unix_ms,
+            "reason": link.reason,
+            "peer": link.peer,
+        })),
+        "staging": status.staging.as_ref().map(|staging| json!({
+            "span_bytes": staging.span_bytes,
+            "capacity_bytes": staging.capacity_bytes,
+            "fill_ratio": staging.fill_ratio,
+            "usage_bytes_per_s": staging.usage_bytes_per_s,
+            "flush_bytes_per_s": staging.flush_bytes_per_s,
+            "retained_bytes": staging.retained_bytes,
+        })),
+        "volumes": status.volumes.iter().map(volume).collect::<Vec<_>>(),
+    })
+}
+
+fn volume(volume: &v1::VolumeStatus) -> Value {
+    json!({
+        "id": volume.id,
+        "name": volume.name,
+        "group": volume.group,
+        "size_bytes": volume.size_bytes,
+        "block_bytes": volume.block_bytes,
+        "mode": word(volume.mode().as_str_name(), "MODE_"),
+        "cause": volume.cause,
+        "phase": word(volume.phase().as_str_name(), "PHASE_"),
+        "position": volume.position.as_ref().map(|at| json!({
+            "next": position(at.next.as_ref()),
+            "durable": position(at.durable.as_ref()),
+            "sent": position(at.sent.as_ref()),
+            "acked": position(at.acked.as_ref()),
+            "applied": position(at.applied.as_ref()),
+        })),
+        "bytes_at_risk": volume.bytes_at_risk,
+        "recovery_point": volume.recovery_point.as_ref().map(|point| json!({
+            "position": position(point.position.as_ref()),
+            "time": point.time_unix_ms,
+            "age_seconds": point.age_seconds,
+        })),
+        "consistent": volume.consistent,
+        "ack": word(volume.ack().as_str_name(), "ACK_RULE_"),
+        "away": word(volume.away().as_str_name(), "AWAY_RULE_"),
+    })
+}
+
+fn position(position: Option<&v1::Position>) -> Value {
+    position.map_or(Value::Null, |at| json!({"generation": at.generation, "lsn": at.lsn}))
+}
+
+/// `continuous` of `MODE_CONTINUOUS`.
+fn word(name: &str, prefix: &str) -> String {
+    name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_contract() {
+        let wire = v1::Status {
+            role: "primary".into(),
+            volumes: vec![v1::VolumeStatus {
+                mode: v1::Mode::Continuous.into(),
+                phase: v1::Phase::FinalRound.into(),
+                position: Some(v1::VolumePosition {
+                    acked: Some(v1::Position { generation: 1, lsn: 9 }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let json = status(&wire);
+        assert_eq!(json["volumes"][0]["mode"], "continuous");
+        assert_eq!(json["volumes"][0]["phase"], "final_round");
+        assert_eq!(json["volumes"][0]["position"]["acked"], json!({"generation": 1, "lsn": 9}));
+        assert_eq!(json["link"], Value::Null);
+    }
+}
