@@ -138,7 +138,8 @@ impl<N: ReplicaNode> Acks<N> {
                 node.acknowledged(named, acked).await
             };
             let Some(ended) = &mut self.ended else {
-                return Some(self.take(acknowledged.await));
+                let answer = acknowledged.await;
+                return Some(self.take(answer));
             };
             tokio::select! {
                 biased;

@@ -9,7 +9,7 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
-use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Code, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use understudy_common::{
