@@ -22,7 +22,8 @@ use crate::{
 };
 
 /// Size of the superblock page.
-pub(super) const SUPERBLOCK_BYTES: u64 = 4096;
+pub(super) const SUPERBLOCK_BYTES: u64 = PAGE as u64;
+const PAGE: usize = 4096;
 /// Size of the checksum slot of one segment: one sector, so that it is never torn.
 pub(super) const SLOT_BYTES: u64 = 512;
 const MAGIC: [u8; 8] = *b"UNDSPOOL";
@@ -43,8 +44,8 @@ pub(super) struct Superblock {
 }
 
 impl Superblock {
-    pub(super) fn encode(&self) -> [u8; SUPERBLOCK_BYTES as usize] {
-        let mut out = [0; SUPERBLOCK_BYTES as usize];
+    pub(super) fn encode(&self) -> [u8; PAGE] {
+        let mut out = [0; PAGE];
         out[0..8].copy_from_slice(&MAGIC);
         out[8..12].copy_from_slice(&VERSION.to_le_bytes());
         out[12..28].copy_from_slice(&self.pool.0);
@@ -58,7 +59,7 @@ impl Superblock {
         out
     }
 
-    pub(super) fn decode(page: &[u8; SUPERBLOCK_BYTES as usize]) -> Result<Self, &'static str> {
+    pub(super) fn decode(page: &[u8; PAGE]) -> Result<Self, &'static str> {
         let part = |at: usize, len: usize| &page[at..at + len];
         let u32_at = |at| u32::from_le_bytes(part(at, 4).try_into().expect("4 bytes"));
         if part(0, 8) != MAGIC {
@@ -78,7 +79,7 @@ impl Superblock {
             zone_segments: u32_at(52),
             segments: u64::from_le_bytes(part(56, 8).try_into().expect("8 bytes")),
         };
-        let sane = out.segment_bytes.is_power_of_two() && out.zone_segments >= 8 && out.zone_segments % 8 == 0;
+        let sane = out.segment_bytes.is_power_of_two() && out.zone_segments >= 8 && out.zone_segments.is_multiple_of(8);
         if sane && out.segments < 1 << 48 { Ok(out) } else { Err("impossible sizes") }
     }
 }
@@ -196,7 +197,7 @@ pub(super) fn create(
     let mode = if block_device { OpenMode::Existing } else { OpenMode::OrCreate };
     let file = storage.open(&path, mode).map_err(io_error)?;
     let present = file.len().map_err(io_error)?;
-    let mut page = [0; SUPERBLOCK_BYTES as usize];
+    let mut page = [0; PAGE];
     let start = usize::try_from(present.min(SUPERBLOCK_BYTES)).expect("at most a page");
     file.read_exact_at(&mut page[..start], 0).map_err(io_error)?;
     let ours = Superblock::decode(&page).is_ok_and(|s| s.pool == blank.pool);
@@ -241,7 +242,7 @@ pub(super) fn open(
     if found < SUPERBLOCK_BYTES {
         return Err(too_small(SUPERBLOCK_BYTES));
     }
-    let mut page = [0; SUPERBLOCK_BYTES as usize];
+    let mut page = [0; PAGE];
     file.read_exact_at(&mut page, 0).map_err(io_error)?;
     let damaged = |reason| DeviceError::Superblock { number, path: owned(), expected: expected.device, reason };
     let superblock = Superblock::decode(&page).map_err(damaged)?;

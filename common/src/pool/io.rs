@@ -28,7 +28,8 @@ use crate::{
 
 /// Buffers in one vectored write, at most; the kernel takes 1024.
 const MAX_VECTORS: usize = 1024;
-const SLOT: usize = SLOT_BYTES as usize;
+const SLOT: usize = 512;
+const _: () = assert!(SLOT as u64 == SLOT_BYTES);
 
 /// A bijection of 64 bits that spreads every input bit (the finaliser of splitmix64).
 pub(super) fn scramble(x: u64) -> u64 {
@@ -247,9 +248,9 @@ impl PoolIo {
             // The last write of each slot, by number in the group.
             let mut last = [u32::MAX; 128];
             for (i, write) in group.iter().enumerate().rev() {
-                for slot in write.first as usize..write.first as usize + write.crcs.len() {
-                    if last[slot] == u32::MAX {
-                        last[slot] = u32::try_from(i).expect("a plan fits into memory");
+                for slot in last[write.first as usize..].iter_mut().take(write.crcs.len()) {
+                    if *slot == u32::MAX {
+                        *slot = u32::try_from(i).expect("a plan fits into memory");
                     }
                 }
             }
