@@ -87,7 +87,6 @@ pub(crate) fn volume(v: &Volume) -> Value {
         "segment_bytes": v.segment_bytes,
         "ack": ack(v.ack()),
         "away": away(v.away()),
-        "allocated_bytes": v.allocated_bytes,
     })
 }
 

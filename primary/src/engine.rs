@@ -5,7 +5,6 @@
 //! refused. Nothing is queued without a permit.
 
 use std::{
-    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,27 +13,27 @@ use std::{
 };
 
 use bytes::Bytes;
-use thiserror::Error;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, watch},
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use understudy_common::{
     checksum::crc32c,
-    record::{self, CLIENT_ID_BYTES_MAX, Control},
-    state::{NodeState, VOLUMES_MAX},
+    pool::MAX_BLOCKS_PER_SEGMENT,
+    record::{self, CLIENT_ID_BYTES_MAX, ClientSequence, Control},
+    state::{NodeState, SEQUENCE_WINDOW, SequenceCheck, VOLUMES_MAX},
     store::{Change, Marks, ModifyError, ReadFailure, Store, SubmitError, Submitted},
     types::{AckRule, AwayRule, BlockRange, BlockSize, GroupId, Lsn, Position, VolumeId, VolumeSpec},
 };
 
-pub use understudy_common::record::ClientSequence;
+use crate::api::{EngineError, NewVolume, PieceContent, ReadPiece, VolumeKey, WriteAck, WriteKind, WriteRequest};
 
 /// Blocks that one record of zeros covers at most: 1 GiB of 4 KiB blocks.
 const ZERO_BLOCKS_MAX: u64 = 1 << 18;
-/// Largest volume: 16 EiB would overflow byte offsets on the way.
+/// Largest volume, 1 EiB: byte offsets stay far from their end.
 const VOLUME_BYTES_MAX: u64 = 1 << 60;
 
-/// Bytes in flight that a request may hold.
+/// Bytes in flight that a request holds.
 #[derive(Debug)]
 pub struct Permit {
     _bytes: OwnedSemaphorePermit,
@@ -45,16 +44,9 @@ pub struct Permit {
 pub struct Ticket {
     submitted: Submitted,
     rule: AckRule,
-    deadline: Instant,
+    /// When it got its LSN.
+    pub(crate) since: Instant,
     _permit: Option<Permit>,
-}
-
-impl Ticket {
-    /// Until when it may wait for its acknowledgement.
-    #[must_use]
-    pub fn deadline(&self) -> Instant {
-        self.deadline
-    }
 }
 
 /// Bounds on what clients may ask.
@@ -72,73 +64,13 @@ pub struct Limits {
     pub inline_reads: bool,
 }
 
-impl EngineError {
-    fn of_submit(error: SubmitError, spec: &VolumeSpec, client: Option<&ClientSequence>, waited: Duration) -> Self {
-        let waited_ms = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
-        match error {
-            SubmitError::Failed(failed) => Self::Failed { why: failed.to_string() },
-            SubmitError::NoVolume(_) => Self::NoVolume { volume: spec.name.clone() },
-            SubmitError::OutOfRange { first, end, blocks } => {
-                let block_bytes = u64::from(spec.block_size.bytes());
-                Self::OutOfRange {
-                    volume: spec.name.clone(),
-                    offset_bytes: first * block_bytes,
-                    length_bytes: (end - first) * block_bytes,
-                    size_bytes: blocks * block_bytes,
-                }
-            }
-            SubmitError::Shape { .. } => Self::Invalid { field: "data", why: error.to_string() },
-            SubmitError::TooLarge { needed, max } => Self::TooLarge { bytes: needed, limit_bytes: max },
-            SubmitError::SequenceTooOld { sequence, highest } => Self::SequenceTooOld {
-                client: client.map_or_else(String::new, |c| c.client.clone()),
-                sequence,
-                newest: highest,
-                window: SEQUENCE_WINDOW,
-            },
-            SubmitError::Space(space) => {
-                let segment = u64::from(spec.segment_bytes);
-                Self::NoSpace {
-                    needed_bytes: space.needed * segment,
-                    free_bytes: space.free.saturating_sub(space.reserved) * segment,
-                }
-            }
-            SubmitError::StagingFull { span, capacity, .. } => {
-                Self::StagingFull { span_bytes: span, capacity_bytes: capacity, waited_ms }
-            }
-        }
-    }
-
-    fn of_read(error: ReadFailure, spec: &VolumeSpec) -> Self {
-        match error {
-            ReadFailure::NoVolume(_) => Self::NoVolume { volume: spec.name.clone() },
-            ReadFailure::OutOfRange { first, end, blocks } => {
-                let no_wait = Duration::ZERO;
-                Self::of_submit(SubmitError::OutOfRange { first, end, blocks }, spec, None, no_wait)
-            }
-            ReadFailure::Damaged { block, .. } => Self::DataLoss {
-                volume: spec.name.clone(),
-                offset_bytes: block * u64::from(spec.block_size.bytes()),
-            },
-            ReadFailure::Submit(error) => Self::of_submit(error, spec, None, Duration::ZERO),
-            ReadFailure::Failed(_) | ReadFailure::Pool(_) | ReadFailure::Io(_) | ReadFailure::Readers => {
-                Self::Failed { why: error.to_string() }
-            }
-        }
-    }
-}
-
-/// Why a change was not admitted, before it is known how long it waits.
-enum Refused {
-    Submit(SubmitError),
-    Engine(EngineError),
-}
-
 struct Inner {
     store: Arc<Store>,
     marks: watch::Receiver<Marks>,
     permits: Arc<Semaphore>,
     limits: Limits,
-    attached: watch::Sender<bool>,
+    /// Why no session is open, if none is.
+    attached: watch::Sender<Result<(), String>>,
     draining: AtomicBool,
 }
 
@@ -165,7 +97,7 @@ impl Engine {
             store,
             permits: Arc::new(Semaphore::new(permits)),
             limits,
-            attached: watch::channel(false).0,
+            attached: watch::channel(Err("no session was opened yet".to_owned())).0,
             draining: AtomicBool::new(false),
         };
         Self { inner: Arc::new(inner) }
@@ -177,20 +109,14 @@ impl Engine {
         &self.inner.store
     }
 
-    /// The bounds.
-    #[must_use]
-    pub fn limits(&self) -> &Limits {
-        &self.inner.limits
-    }
-
-    /// The watermarks, for whoever waits for several tickets.
+    /// The watermarks.
     #[must_use]
     pub fn marks(&self) -> watch::Receiver<Marks> {
         self.inner.marks.clone()
     }
 
-    /// The link's driver says whether a session is open.
-    pub fn set_attached(&self, attached: bool) {
+    /// The link's driver says whether a session is open, or why not.
+    pub fn set_attached(&self, attached: Result<(), String>) {
         self.inner.attached.send_replace(attached);
     }
 
@@ -199,9 +125,7 @@ impl Engine {
         self.inner.draining.store(true, Ordering::Release);
     }
 
-    /// True after [`Engine::drain`].
-    #[must_use]
-    pub fn is_draining(&self) -> bool {
+    fn is_draining(&self) -> bool {
         self.inner.draining.load(Ordering::Acquire)
     }
 
@@ -212,30 +136,22 @@ impl Engine {
     pub async fn admit(&self, bytes: u64) -> Result<Permit, EngineError> {
         let limits = &self.inner.limits;
         if bytes > limits.message_bytes {
-            return Err(EngineError::Invalid(format!(
-                "{bytes} bytes are more than one request may carry ({} bytes): send smaller pieces",
-                limits.message_bytes
-            )));
+            return Err(EngineError::TooLarge { bytes, limit_bytes: limits.message_bytes });
         }
         if self.is_draining() {
             return Err(EngineError::Draining);
         }
-        let weight = u32::try_from(bytes.max(512)).expect("checked above");
-        let permits = Arc::clone(&self.inner.permits);
-        let permit = match Arc::clone(&permits).try_acquire_many_owned(weight) {
-            Ok(permit) => permit,
-            Err(_) => tokio::time::timeout(limits.queue_wait, permits.acquire_many_owned(weight))
-                .await
-                .map_err(|_| {
-                    EngineError::Full(format!(
-                        "{} bytes of requests are waiting for their acknowledgement, the limit ([limits] in_flight): \
-                         send slower or raise it",
-                        limits.in_flight_bytes
-                    ))
-                })?
-                .expect("the semaphore is never closed"),
-        };
-        Ok(Permit { _bytes: permit })
+        let weight = u32::try_from(bytes.max(512)).expect("a message is below 4 GiB");
+        if let Ok(permit) = Arc::clone(&self.inner.permits).try_acquire_many_owned(weight) {
+            return Ok(Permit { _bytes: permit });
+        }
+        let waiting = Arc::clone(&self.inner.permits).acquire_many_owned(weight);
+        let permit = timeout(limits.queue_wait, waiting).await.map_err(|_| EngineError::Busy {
+            bytes,
+            in_flight_bytes: limits.in_flight_bytes - self.inner.permits.available_permits() as u64,
+            waited_ms: millis(limits.queue_wait),
+        })?;
+        Ok(Permit { _bytes: permit.expect("the semaphore is never closed") })
     }
 
     /// Gives a request its LSN. Calls one behind the other take effect in that order.
@@ -256,55 +172,82 @@ impl Engine {
                 return Err(EngineError::Checksum { expected, found });
             }
         }
-        let until = Instant::now() + self.inner.limits.queue_wait;
         if spec.ack == AckRule::Both && spec.away == AwayRule::Block {
-            self.wait_attached(until).await?;
+            self.wait_attached(&spec).await?;
         }
+        let start = Instant::now();
         let submitted = loop {
             let mut marks = self.inner.marks.clone();
             marks.mark_unchanged();
-            if self.inner.store.queue_bytes() > self.inner.store.config().pending_bytes {
-                self.wait_room(&mut marks, until, "blocks are written to disk slower than they arrive").await?;
-                continue;
-            }
-            match self.try_submit(&spec, &request) {
-                Err(EngineError::Full(why)) => {
-                    self.inner.store.request_checkpoint();
-                    self.inner.store.request_growth();
-                    self.wait_room(&mut marks, until, &why).await?;
+            let refused = if self.inner.store.queue_bytes() > self.inner.store.config().pending_bytes {
+                self.staging_full()
+            } else {
+                match self.try_submit(&spec, &request) {
+                    Ok(submitted) => break submitted,
+                    Err(ModifyError::Read(error)) => return Err(of_read(error, &spec)),
+                    Err(ModifyError::Submit(error)) => {
+                        let room_may_come = self.ask_for_room(&error);
+                        let refused = of_submit(error, &spec, request.client.as_ref(), start.elapsed());
+                        if !room_may_come {
+                            return Err(refused);
+                        }
+                        refused
+                    }
                 }
-                other => break other?,
-            }
+            };
+            self.wait_room(&mut marks, start, refused).await?;
         };
-        let deadline = Instant::now() + self.inner.limits.deadline;
-        Ok(Ticket { submitted, rule: spec.ack, deadline, _permit: Some(permit) })
+        Ok(Ticket { submitted, rule: spec.ack, since: Instant::now(), _permit: Some(permit) })
     }
 
-    async fn wait_attached(&self, until: Instant) -> Result<(), EngineError> {
-        let mut attached = self.inner.attached.subscribe();
-        let waited = timeout_at(until, attached.wait_for(|a| *a)).await;
-        match waited {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(_)) | Err(_) => Err(EngineError::BackupAway),
+    /// True if a record that was refused may find room later, for which the background has been asked.
+    fn ask_for_room(&self, error: &SubmitError) -> bool {
+        let may_come = match error {
+            SubmitError::StagingFull { .. } => true,
+            SubmitError::Space(space) => space.quarantined > 0 || space.can_grow > 0 || space.reserved > 0,
+            _ => false,
+        };
+        if may_come {
+            self.inner.store.request_checkpoint();
+            self.inner.store.request_growth();
+        }
+        may_come
+    }
+
+    fn staging_full(&self) -> EngineError {
+        EngineError::StagingFull {
+            span_bytes: self.inner.store.span_bytes(),
+            capacity_bytes: self.inner.store.config().journal.capacity_bytes,
+            waited_ms: millis(self.inner.limits.queue_wait),
         }
     }
 
+    async fn wait_attached(&self, spec: &VolumeSpec) -> Result<(), EngineError> {
+        let mut attached = self.inner.attached.subscribe();
+        if matches!(timeout(self.inner.limits.queue_wait, attached.wait_for(Result::is_ok)).await, Ok(Ok(_))) {
+            return Ok(());
+        }
+        let link = self.inner.attached.borrow().clone().err().unwrap_or_default();
+        Err(EngineError::BackupAway { volume: spec.name.clone(), link })
+    }
+
+    /// Waits until something moves that may have made room.
     async fn wait_room(
         &self,
         marks: &mut watch::Receiver<Marks>,
-        until: Instant,
-        why: &str,
+        start: Instant,
+        refused: EngineError,
     ) -> Result<(), EngineError> {
         if self.is_draining() {
             return Err(EngineError::Draining);
         }
-        match timeout_at(until, marks.changed()).await {
+        match timeout_at(start + self.inner.limits.queue_wait, marks.changed()).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) | Err(_) => Err(EngineError::Full(why.to_owned())),
+            Ok(Err(_)) | Err(_) => Err(refused),
         }
     }
 
-    fn try_submit(&self, spec: &VolumeSpec, request: &WriteRequest) -> Result<Submitted, EngineError> {
+    fn try_submit(&self, spec: &VolumeSpec, request: &WriteRequest) -> Result<Submitted, ModifyError> {
         match &request.kind {
             WriteKind::Data(data) => self.submit_data(spec, request.offset_bytes, data, request.client.as_ref()),
             WriteKind::Zeroes { length_bytes } => self.submit_zeros(spec, request, *length_bytes, true),
@@ -318,7 +261,7 @@ impl Engine {
         offset: u64,
         data: &Bytes,
         client: Option<&ClientSequence>,
-    ) -> Result<Submitted, EngineError> {
+    ) -> Result<Submitted, ModifyError> {
         let block_bytes = u64::from(spec.block_size.bytes());
         let end = offset + data.len() as u64;
         if offset.is_multiple_of(block_bytes) && end.is_multiple_of(block_bytes) {
@@ -330,7 +273,7 @@ impl Engine {
         let range = BlockRange { volume: spec.id, first, count: end.div_ceil(block_bytes) - first };
         let at = usize::try_from(offset - first * block_bytes).expect("inside a block");
         let modify = |blocks: &mut [u8]| blocks[at..at + data.len()].copy_from_slice(data);
-        Ok(self.inner.store.submit_modified(range, client, unix_ms(), &modify)?)
+        self.inner.store.submit_modified(range, client, unix_ms(), &modify)
     }
 
     /// Zeros: partial blocks at the edges are written (or, for a discard, left), whole blocks give their space back.
@@ -341,60 +284,37 @@ impl Engine {
         request: &WriteRequest,
         length: u64,
         edges: bool,
-    ) -> Result<Submitted, EngineError> {
-        if let Some(client) = &request.client
-            && let Some(lsn) = self.applied_sequence(client)?
-        {
+    ) -> Result<Submitted, ModifyError> {
+        if let Some(lsn) = self.applied_sequence(request.client.as_ref())? {
             let position = Position { generation: self.inner.store.identity().generation, lsn };
             return Ok(Submitted { lsn, position, group: spec.group, duplicate: true });
         }
         let block_bytes = u64::from(spec.block_size.bytes());
-        let (offset, end) = (request.offset_bytes, request.offset_bytes + length);
-        let (first, last) = (offset.div_ceil(block_bytes), end / block_bytes);
-        let mut pieces = Vec::new();
-        if first > last {
-            // Inside one block.
-            pieces.push((offset, length, true));
-        } else {
-            if offset < first * block_bytes {
-                pieces.push((offset, first * block_bytes - offset, true));
-            }
-            let mut at = first;
-            while at < last {
-                let count = (last - at).min(ZERO_BLOCKS_MAX);
-                pieces.push((at * block_bytes, count * block_bytes, false));
-                at += count;
-            }
-            if last * block_bytes < end {
-                pieces.push((last * block_bytes, end - last * block_bytes, true));
-            }
-        }
-        if !edges {
-            pieces.retain(|(.., partial)| !partial);
-        }
+        let mut pieces = zero_pieces(request.offset_bytes, length, block_bytes);
+        pieces.retain(|piece| edges || piece.whole);
         let count = pieces.len();
         let mut submitted = None;
-        for (n, (offset, length, partial)) in pieces.into_iter().enumerate() {
+        for (n, ZeroPiece { offset, length, whole }) in pieces.into_iter().enumerate() {
             let client = request.client.as_ref().filter(|_| n + 1 == count);
-            submitted = Some(if partial {
-                let zeros = vec![0; usize::try_from(length).expect("inside a block")].into();
-                self.submit_data(spec, offset, &zeros, client)?
-            } else {
+            submitted = Some(if whole {
                 let change = Change::Zero { count: length / block_bytes };
                 self.inner.store.submit(spec.id, offset / block_bytes, change, client.cloned(), unix_ms())?
+            } else {
+                let zeros = vec![0; usize::try_from(length).expect("inside a block")].into();
+                self.submit_data(spec, offset, &zeros, client)?
             });
         }
         // A discard of less than a block changes nothing: it is as durable as what came before it.
         Ok(submitted.unwrap_or_else(|| self.newest(spec)))
     }
 
-    fn applied_sequence(&self, client: &ClientSequence) -> Result<Option<Lsn>, EngineError> {
-        use understudy_common::state::SequenceCheck;
+    fn applied_sequence(&self, client: Option<&ClientSequence>) -> Result<Option<Lsn>, SubmitError> {
+        let Some(client) = client else { return Ok(None) };
         match self.inner.store.with_state(|s| s.check_sequence(client)) {
             SequenceCheck::Fresh => Ok(None),
             SequenceCheck::Applied(lsn) => Ok(Some(lsn)),
             SequenceCheck::TooOld { highest } => {
-                Err(SubmitError::SequenceTooOld { sequence: client.sequence, highest }.into())
+                Err(SubmitError::SequenceTooOld { sequence: client.sequence, highest })
             }
         }
     }
@@ -417,9 +337,9 @@ impl Engine {
             if let Some(result) = self.poll_settled(&ticket) {
                 return result;
             }
-            match timeout_at(ticket.deadline, marks.changed()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) | Err(_) => return Err(EngineError::OutcomeUnknown(ticket.submitted.position)),
+            if timeout_at(ticket.since + self.inner.limits.deadline, marks.changed()).await.is_err() {
+                let waited_ms = millis(self.inner.limits.deadline);
+                return Err(EngineError::Unconfirmed { lsn: ticket.submitted.lsn.0, waited_ms });
             }
         }
     }
@@ -429,22 +349,16 @@ impl Engine {
     pub fn poll_settled(&self, ticket: &Ticket) -> Option<Result<WriteAck, EngineError>> {
         let marks = *self.inner.marks.borrow();
         let Submitted { lsn, position, group, duplicate } = ticket.submitted;
-        let durable = lsn <= marks.durable;
-        let settled = durable
+        let settled = lsn <= marks.durable
             && match ticket.rule {
                 AckRule::Staged => true,
                 AckRule::Primary => lsn <= marks.placed || duplicate && lsn <= marks.applied,
                 AckRule::Both => self.inner.store.retained_of(group).holds(lsn),
             };
         if settled {
-            let both = ticket.rule == AckRule::Both;
-            return Some(Ok(WriteAck { position, both, duplicate }));
+            return Some(Ok(WriteAck { position, both: ticket.rule == AckRule::Both, duplicate }));
         }
-        if marks.failed {
-            let why = self.inner.store.failure().unwrap_or_default();
-            return Some(Err(EngineError::Failed(format!("the store has failed: {why}"))));
-        }
-        None
+        marks.failed.then(|| Err(EngineError::Storage { message: self.inner.store.failure().unwrap_or_default() }))
     }
 
     /// Reads bytes of a volume, with their CRC32C.
@@ -460,20 +374,16 @@ impl Engine {
         let spec = self.spec(volume)?;
         check_range(&spec, offset_bytes, length_bytes)?;
         if length_bytes > self.inner.limits.message_bytes {
-            return Err(EngineError::Invalid(format!(
-                "{length_bytes} bytes are more than one answer may carry ({} bytes): read smaller pieces, or use \
-                 ReadBlocks",
-                self.inner.limits.message_bytes
-            )));
+            return Err(EngineError::TooLarge { bytes: length_bytes, limit_bytes: self.inner.limits.message_bytes });
         }
         let block_bytes = u64::from(spec.block_size.bytes());
         let first = offset_bytes / block_bytes;
         let count = (offset_bytes + length_bytes).div_ceil(block_bytes) - first;
         let (store, id) = (Arc::clone(&self.inner.store), spec.id);
-        let read = self.blocking(move || store.read(id, first, count)).await?;
+        let read = self.blocking(&spec, move || store.read(id, first, count)).await?;
         self.wait_seen(&spec, read.seen, read.seen_both).await?;
         let at = usize::try_from(offset_bytes - first * block_bytes).expect("inside a block");
-        let data = read.data.slice(at..at + usize::try_from(length_bytes).expect("bounded"));
+        let data = read.data.slice(at..at + usize::try_from(length_bytes).expect("bounded above"));
         let crc = crc32c(&data);
         Ok((data, crc))
     }
@@ -495,38 +405,43 @@ impl Engine {
         let first = offset_bytes / block_bytes;
         let max = (max_bytes / block_bytes).max(1).min(spec.block_count() - first);
         let (store, id) = (Arc::clone(&self.inner.store), spec.id);
-        let (hole, count) = self.blocking(move || store.extent(id, first, max)).await?;
+        let (hole, count) = self.blocking(&spec, move || store.extent(id, first, max)).await?;
         let length = ((first + count) * block_bytes - offset_bytes).min(max_bytes.max(1));
         if hole {
-            let content = ReadContent::Zeros(length);
-            return Ok(ReadPiece { offset_bytes, content, crc32c: 0, position });
+            return Ok(ReadPiece { offset_bytes, content: PieceContent::Zeros(length), crc32c: 0, position });
         }
         let (data, crc32c) = self.read(&VolumeKey::Id(spec.id), offset_bytes, length).await?;
-        Ok(ReadPiece { offset_bytes, content: ReadContent::Data(data), crc32c, position })
+        Ok(ReadPiece { offset_bytes, content: PieceContent::Data(data), crc32c, position })
     }
 
     async fn blocking<T: Send + 'static>(
         &self,
+        spec: &VolumeSpec,
         read: impl FnOnce() -> Result<T, ReadFailure> + Send + 'static,
     ) -> Result<T, EngineError> {
-        if self.inner.limits.inline_reads {
-            return Ok(read()?);
-        }
-        let done = tokio::task::spawn_blocking(read).await;
-        Ok(done.map_err(|error| EngineError::Failed(format!("a read was ended: {error}")))??)
+        let done = if self.inner.limits.inline_reads {
+            read()
+        } else {
+            tokio::task::spawn_blocking(read)
+                .await
+                .map_err(|error| EngineError::Storage { message: format!("a read was ended: {error}") })?
+        };
+        done.map_err(|error| of_read(error, spec))
     }
 
     /// A read may be answered when the writes it saw may be.
     async fn wait_seen(&self, spec: &VolumeSpec, seen: Lsn, seen_both: Lsn) -> Result<(), EngineError> {
-        let position = |lsn| Position { generation: 0, lsn };
-        let until = Instant::now() + self.inner.limits.deadline;
         for (lsn, rule) in [(seen, AckRule::Staged), (seen_both, AckRule::Both)] {
             if lsn > Lsn::ZERO {
-                let submitted = Submitted { lsn, position: position(lsn), group: spec.group, duplicate: false };
-                self.wait(Ticket { submitted, rule, deadline: until, _permit: None }).await?;
+                let position = Position { generation: 0, lsn };
+                self.settle(Submitted { lsn, position, group: spec.group, duplicate: false }, rule).await?;
             }
         }
         Ok(())
+    }
+
+    async fn settle(&self, submitted: Submitted, rule: AckRule) -> Result<WriteAck, EngineError> {
+        self.wait(Ticket { submitted, rule, since: Instant::now(), _permit: None }).await
     }
 
     /// Returns when everything submitted to the volume's group before is durable by its rule.
@@ -535,63 +450,47 @@ impl Engine {
     /// See [`EngineError`].
     pub async fn flush(&self, volume: &VolumeKey) -> Result<WriteAck, EngineError> {
         let spec = self.spec(volume)?;
-        let submitted = self.newest(&spec);
         let rule = if spec.ack == AckRule::Primary { AckRule::Staged } else { spec.ack };
-        let deadline = Instant::now() + self.inner.limits.deadline;
-        self.wait(Ticket { submitted, rule, deadline, _permit: None }).await
+        self.settle(self.newest(&spec), rule).await
     }
 
     /// Makes a volume. Returns when it is durable.
     ///
     /// # Errors
     /// See [`EngineError`].
-    pub async fn create_volume(
-        &self,
-        name: &str,
-        group: &str,
-        size_bytes: u64,
-        block_bytes: u32,
-        ack: AckRule,
-        away: AwayRule,
-    ) -> Result<VolumeSpec, EngineError> {
-        check_name("volume", name)?;
-        let group_name = if group.is_empty() { name } else { group };
-        check_name("group", group_name)?;
-        let block_bytes = if block_bytes == 0 { 4096 } else { block_bytes };
-        let block_size = BlockSize::new(block_bytes).ok_or_else(|| {
-            EngineError::Invalid(format!("block size {block_bytes} is not a power of two from 512 to 65536"))
-        })?;
+    pub async fn create_volume(&self, new: NewVolume) -> Result<VolumeSpec, EngineError> {
+        check_name("name", &new.name)?;
+        let group_name = new.group.unwrap_or_else(|| new.name.clone());
+        check_name("group", &group_name)?;
         let segment_bytes = self.inner.store.config().pool.segment_bytes;
-        if size_bytes == 0 || !size_bytes.is_multiple_of(u64::from(block_bytes)) || size_bytes > VOLUME_BYTES_MAX {
-            return Err(EngineError::Invalid(format!(
-                "size {size_bytes} is not a positive multiple of the block size {block_bytes}, or above 1 EiB"
-            )));
-        }
+        let block_size = check_block_size(new.block_bytes, segment_bytes)?;
+        check_size(new.size_bytes, block_size)?;
         let mut made = None;
         let submitted = self.inner.store.submit_decided(unix_ms(), |state: &NodeState| {
-            if state.volume_by_name(name).is_some() {
-                return Err(EngineError::VolumeExists(name.to_owned()));
+            if state.volume_by_name(&new.name).is_some() {
+                return Err(Decided::Engine(EngineError::VolumeExists { volume: new.name.clone() }));
             }
             if state.volumes.len() >= VOLUMES_MAX {
-                return Err(EngineError::Full(format!("there are {VOLUMES_MAX} volumes, the most a node serves")));
+                let why = format!("there are {VOLUMES_MAX} volumes, the most a node serves; delete one first");
+                return Err(Decided::Engine(EngineError::Invalid { field: "name", why }));
             }
-            let group =
-                state.groups.values().find(|g| g.name == group_name).map_or(GroupId(state.last_group.0 + 1), |g| g.id);
+            let known = state.groups.values().find(|g| g.name == group_name);
+            let group = known.map_or(GroupId(state.last_group.0 + 1), |g| g.id);
             let spec = VolumeSpec {
                 id: VolumeId(state.last_volume.0 + 1),
-                name: name.to_owned(),
+                name: new.name.clone(),
                 group,
-                group_name: group_name.to_owned(),
-                size_bytes,
+                group_name: group_name.clone(),
+                size_bytes: new.size_bytes,
                 block_size,
                 segment_bytes,
-                ack,
-                away,
+                ack: new.ack,
+                away: new.away,
             };
             made = Some(spec.clone());
             Ok((group, Control::CreateVolume { spec }))
         })?;
-        self.wait_control(submitted).await?;
+        self.settle(submitted, AckRule::Staged).await?;
         Ok(made.expect("decided above"))
     }
 
@@ -600,38 +499,15 @@ impl Engine {
     /// # Errors
     /// See [`EngineError`].
     pub async fn resize_volume(&self, volume: &VolumeKey, size_bytes: u64) -> Result<VolumeSpec, EngineError> {
-        let id = self.spec(volume)?.id;
-        let submitted = self.inner.store.submit_decided(unix_ms(), |state: &NodeState| {
-            let spec = state.volumes.get(&id).ok_or_else(|| EngineError::NoVolume(id.to_string()))?;
-            let block_bytes = u64::from(spec.block_size.bytes());
-            if !size_bytes.is_multiple_of(block_bytes) || size_bytes > VOLUME_BYTES_MAX {
-                return Err(EngineError::Invalid(format!(
-                    "size {size_bytes} is not a multiple of the block size {block_bytes}, or above 1 EiB"
-                )));
-            }
+        self.change(volume, |spec| {
+            check_size(size_bytes, spec.block_size)?;
             if size_bytes < spec.size_bytes {
-                return Err(EngineError::Precondition(format!(
-                    "volume {} has {} bytes and cannot be shrunk to {size_bytes}",
-                    spec.name, spec.size_bytes
-                )));
+                let (volume, size) = (spec.name.clone(), spec.size_bytes);
+                return Err(EngineError::Shrink { volume, size_bytes: size, asked_bytes: size_bytes });
             }
-            Ok((spec.group, Control::ResizeVolume { volume: id, size_bytes }))
-        })?;
-        self.wait_control(submitted).await?;
-        self.info(&VolumeKey::Id(id))
-    }
-
-    /// Deletes a volume. Returns when that is durable.
-    ///
-    /// # Errors
-    /// See [`EngineError`].
-    pub async fn delete_volume(&self, volume: &VolumeKey) -> Result<(), EngineError> {
-        let id = self.spec(volume)?.id;
-        let submitted = self.inner.store.submit_decided(unix_ms(), |state: &NodeState| {
-            let spec = state.volumes.get(&id).ok_or_else(|| EngineError::NoVolume(id.to_string()))?;
-            Ok::<_, EngineError>((spec.group, Control::DeleteVolume { volume: id }))
-        })?;
-        self.wait_control(submitted).await
+            Ok(Control::ResizeVolume { volume: spec.id, size_bytes })
+        })
+        .await
     }
 
     /// Changes when writes are acknowledged, from the next one on.
@@ -644,19 +520,42 @@ impl Engine {
         ack: AckRule,
         away: Option<AwayRule>,
     ) -> Result<VolumeSpec, EngineError> {
-        let id = self.spec(volume)?.id;
-        let submitted = self.inner.store.submit_decided(unix_ms(), |state: &NodeState| {
-            let spec = state.volumes.get(&id).ok_or_else(|| EngineError::NoVolume(id.to_string()))?;
-            let away = away.unwrap_or(spec.away);
-            Ok::<_, EngineError>((spec.group, Control::SetAckRule { volume: id, ack, away }))
-        })?;
-        self.wait_control(submitted).await?;
-        self.info(&VolumeKey::Id(id))
+        self.change(volume, |spec| Ok(Control::SetAckRule { volume: spec.id, ack, away: away.unwrap_or(spec.away) }))
+            .await
     }
 
-    async fn wait_control(&self, submitted: Submitted) -> Result<(), EngineError> {
-        let deadline = Instant::now() + self.inner.limits.deadline;
-        self.wait(Ticket { submitted, rule: AckRule::Staged, deadline, _permit: None }).await.map(|_| ())
+    /// Deletes a volume. Returns when that is durable.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub async fn delete_volume(&self, volume: &VolumeKey) -> Result<(), EngineError> {
+        let id = self.spec(volume)?.id;
+        let submitted = self.decide(id, |spec| Ok(Control::DeleteVolume { volume: spec.id }))?;
+        self.settle(submitted, AckRule::Staged).await?;
+        Ok(())
+    }
+
+    async fn change(
+        &self,
+        volume: &VolumeKey,
+        control: impl FnOnce(&VolumeSpec) -> Result<Control, EngineError>,
+    ) -> Result<VolumeSpec, EngineError> {
+        let id = self.spec(volume)?.id;
+        let submitted = self.decide(id, control)?;
+        self.settle(submitted, AckRule::Staged).await?;
+        self.spec(&VolumeKey::Id(id))
+    }
+
+    fn decide(
+        &self,
+        id: VolumeId,
+        control: impl FnOnce(&VolumeSpec) -> Result<Control, EngineError>,
+    ) -> Result<Submitted, Decided> {
+        self.inner.store.submit_decided(unix_ms(), |state: &NodeState| {
+            let spec = state.volumes.get(&id).ok_or_else(|| EngineError::NoVolume { volume: id.to_string() });
+            let spec = spec.map_err(Decided::Engine)?;
+            Ok((spec.group, control(spec).map_err(Decided::Engine)?))
+        })
     }
 
     /// All volumes, by id.
@@ -665,62 +564,178 @@ impl Engine {
         self.inner.store.with_state(|s| s.volumes.values().cloned().collect())
     }
 
-    /// Groups with the names of their volumes.
-    #[must_use]
-    pub fn groups(&self) -> BTreeMap<GroupId, (String, Vec<String>)> {
-        self.inner.store.with_state(|s| {
-            s.groups
-                .values()
-                .map(|g| {
-                    let names = g.volumes.iter().filter_map(|v| s.volumes.get(v)).map(|v| v.name.clone()).collect();
-                    (g.id, (g.name.clone(), names))
-                })
-                .collect()
-        })
-    }
-
     /// One volume.
     ///
     /// # Errors
     /// If it does not exist.
-    pub fn info(&self, volume: &VolumeKey) -> Result<VolumeSpec, EngineError> {
-        self.spec(volume)
-    }
-
-    fn spec(&self, volume: &VolumeKey) -> Result<VolumeSpec, EngineError> {
-        self.inner.store.with_state(|state| match volume {
-            VolumeKey::Id(id) => state.volumes.get(id).cloned().ok_or_else(|| EngineError::NoVolume(id.to_string())),
-            VolumeKey::Name(name) => {
-                state.volume_by_name(name).cloned().ok_or_else(|| EngineError::NoVolume(format!("{name:?}")))
-            }
-        })
+    pub fn spec(&self, volume: &VolumeKey) -> Result<VolumeSpec, EngineError> {
+        let spec = self.inner.store.with_state(|state| match volume {
+            VolumeKey::Id(id) => state.volumes.get(id).cloned(),
+            VolumeKey::Name(name) => state.volume_by_name(name).cloned(),
+        });
+        spec.ok_or_else(|| EngineError::NoVolume { volume: volume.to_string() })
     }
 }
 
-fn check_range(spec: &VolumeSpec, offset: u64, length: u64) -> Result<(), EngineError> {
-    if length == 0 {
-        return Err(EngineError::Invalid("the length is 0: name at least one byte".into()));
+/// What a decision about the catalogue refuses.
+enum Decided {
+    Engine(EngineError),
+    Submit(SubmitError),
+}
+
+impl From<SubmitError> for Decided {
+    fn from(error: SubmitError) -> Self {
+        Self::Submit(error)
     }
-    let end = offset.saturating_add(length);
-    if end > spec.size_bytes {
-        return Err(EngineError::OutOfRange { offset, end, size: spec.size_bytes });
+}
+
+impl From<Decided> for EngineError {
+    fn from(decided: Decided) -> Self {
+        match decided {
+            Decided::Engine(error) => error,
+            Decided::Submit(SubmitError::StagingFull { span, capacity, .. }) => {
+                Self::StagingFull { span_bytes: span, capacity_bytes: capacity, waited_ms: 0 }
+            }
+            Decided::Submit(error) => Self::Storage { message: error.to_string() },
+        }
+    }
+}
+
+fn of_submit(error: SubmitError, spec: &VolumeSpec, client: Option<&ClientSequence>, waited: Duration) -> EngineError {
+    match error {
+        SubmitError::Failed(failed) => EngineError::Storage { message: failed.0 },
+        SubmitError::NoVolume(_) => EngineError::NoVolume { volume: spec.name.clone() },
+        SubmitError::OutOfRange { first, end, blocks } => out_of_range(spec, first, end, blocks),
+        SubmitError::Shape { .. } => EngineError::Invalid { field: "data", why: error.to_string() },
+        SubmitError::TooLarge { needed, max } => EngineError::TooLarge { bytes: needed, limit_bytes: max },
+        SubmitError::SequenceTooOld { sequence, highest } => EngineError::SequenceTooOld {
+            client: client.map_or_else(String::new, |c| c.client.clone()),
+            sequence,
+            newest: highest,
+            window: SEQUENCE_WINDOW,
+        },
+        SubmitError::Space(space) => {
+            let segment = u64::from(spec.segment_bytes);
+            EngineError::NoSpace {
+                needed_bytes: space.needed * segment,
+                free_bytes: space.free.saturating_sub(space.reserved) * segment,
+            }
+        }
+        SubmitError::StagingFull { span, capacity, .. } => {
+            EngineError::StagingFull { span_bytes: span, capacity_bytes: capacity, waited_ms: millis(waited) }
+        }
+    }
+}
+
+fn of_read(error: ReadFailure, spec: &VolumeSpec) -> EngineError {
+    match error {
+        ReadFailure::NoVolume(_) => EngineError::NoVolume { volume: spec.name.clone() },
+        ReadFailure::OutOfRange { first, end, blocks } => out_of_range(spec, first, end, blocks),
+        ReadFailure::Damaged { block, .. } => EngineError::Damaged { volume: spec.name.clone(), block },
+        ReadFailure::Submit(error) => of_submit(error, spec, None, Duration::ZERO),
+        ReadFailure::Failed(_) | ReadFailure::Pool(_) | ReadFailure::Io(_) | ReadFailure::Readers => {
+            EngineError::Storage { message: error.to_string() }
+        }
+    }
+}
+
+fn out_of_range(spec: &VolumeSpec, first: u64, end: u64, blocks: u64) -> EngineError {
+    let block_bytes = u64::from(spec.block_size.bytes());
+    EngineError::OutOfRange {
+        volume: spec.name.clone(),
+        offset_bytes: first * block_bytes,
+        length_bytes: (end - first) * block_bytes,
+        size_bytes: blocks * block_bytes,
+    }
+}
+
+/// A part of a range of zeros: whole blocks, or a part of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct ZeroPiece {
+    offset: u64,
+    length: u64,
+    whole: bool,
+}
+
+fn zero_pieces(offset: u64, length: u64, block_bytes: u64) -> Vec<ZeroPiece> {
+    let end = offset + length;
+    let (first, last) = (offset.div_ceil(block_bytes), end / block_bytes);
+    if first > last {
+        return vec![ZeroPiece { offset, length, whole: false }];
+    }
+    let mut pieces = Vec::new();
+    if offset < first * block_bytes {
+        pieces.push(ZeroPiece { offset, length: first * block_bytes - offset, whole: false });
+    }
+    let mut at = first;
+    while at < last {
+        let count = (last - at).min(ZERO_BLOCKS_MAX);
+        pieces.push(ZeroPiece { offset: at * block_bytes, length: count * block_bytes, whole: true });
+        at += count;
+    }
+    if last * block_bytes < end {
+        pieces.push(ZeroPiece { offset: last * block_bytes, length: end - last * block_bytes, whole: false });
+    }
+    pieces
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn check_block_size(block_bytes: u32, segment_bytes: u32) -> Result<BlockSize, EngineError> {
+    let block_bytes = if block_bytes == 0 { 4096 } else { block_bytes };
+    let block_size = BlockSize::new(block_bytes).ok_or_else(|| EngineError::Invalid {
+        field: "block_bytes",
+        why: format!("{block_bytes} is not a power of two from 512 to 65536"),
+    })?;
+    if segment_bytes / block_bytes > MAX_BLOCKS_PER_SEGMENT {
+        return Err(EngineError::Invalid {
+            field: "block_bytes",
+            why: format!(
+                "a segment of {segment_bytes} bytes (pool.segment) holds at most {MAX_BLOCKS_PER_SEGMENT} blocks; ask \
+                 for blocks of at least {} bytes",
+                segment_bytes / MAX_BLOCKS_PER_SEGMENT
+            ),
+        });
+    }
+    Ok(block_size)
+}
+
+fn check_size(size_bytes: u64, block_size: BlockSize) -> Result<(), EngineError> {
+    let block_bytes = block_size.bytes();
+    if size_bytes == 0 || !size_bytes.is_multiple_of(u64::from(block_bytes)) || size_bytes > VOLUME_BYTES_MAX {
+        let why = format!("{size_bytes} is not a positive multiple of the block size {block_bytes}, or above 1 EiB");
+        return Err(EngineError::Invalid { field: "size_bytes", why });
+    }
+    Ok(())
+}
+
+fn check_range(spec: &VolumeSpec, offset_bytes: u64, length_bytes: u64) -> Result<(), EngineError> {
+    if length_bytes == 0 {
+        return Err(EngineError::Invalid { field: "length_bytes", why: "is 0; name at least one byte".into() });
+    }
+    if offset_bytes.checked_add(length_bytes).is_none_or(|end| end > spec.size_bytes) {
+        let (volume, size_bytes) = (spec.name.clone(), spec.size_bytes);
+        return Err(EngineError::OutOfRange { volume, offset_bytes, length_bytes, size_bytes });
     }
     Ok(())
 }
 
 fn check_client(client: Option<&ClientSequence>) -> Result<(), EngineError> {
     match client {
-        Some(c) if c.client.is_empty() || c.client.len() > CLIENT_ID_BYTES_MAX => {
-            Err(EngineError::Invalid(format!("client_id has {} bytes: use 1 to {CLIENT_ID_BYTES_MAX}", c.client.len())))
-        }
+        Some(c) if c.client.is_empty() || c.client.len() > CLIENT_ID_BYTES_MAX => Err(EngineError::Invalid {
+            field: "client_id",
+            why: format!("has {} bytes; use 1 to {CLIENT_ID_BYTES_MAX}", c.client.len()),
+        }),
         Some(c) if c.sequence == 0 => {
-            Err(EngineError::Invalid("sequence is 0: a client counts its requests from 1".into()))
+            Err(EngineError::Invalid { field: "sequence", why: "is 0; count requests from 1".into() })
         }
         _ => Ok(()),
     }
 }
 
-fn check_name(what: &str, name: &str) -> Result<(), EngineError> {
+fn check_name(field: &'static str, name: &str) -> Result<(), EngineError> {
     let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let ok = (1..=63).contains(&name.len())
         && name.starts_with(good)
@@ -728,7 +743,27 @@ fn check_name(what: &str, name: &str) -> Result<(), EngineError> {
     if ok {
         return Ok(());
     }
-    Err(EngineError::Invalid(format!(
-        "{what} name {name:?} is not 1 to 63 of a-z, 0-9, '-', '_' and '.', starting with a letter or digit"
-    )))
+    let why = format!("{name:?} is not 1 to 63 of a-z, 0-9, '-', '_' and '.', starting with a letter or digit");
+    Err(EngineError::Invalid { field, why })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_are_split_at_blocks_and_cover_the_range() {
+        for (offset, length) in [(0, 4096), (1, 10), (4000, 200), (4096, 8192), (100, 20000), (4095, 2)] {
+            let pieces = zero_pieces(offset, length, 4096);
+            let mut at = offset;
+            for piece in &pieces {
+                assert_eq!(piece.offset, at, "{offset}+{length}");
+                let aligned = piece.offset % 4096 == 0 && piece.length % 4096 == 0;
+                assert_eq!(piece.whole, aligned, "{offset}+{length}");
+                assert!(piece.whole || piece.offset / 4096 == (piece.offset + piece.length - 1) / 4096);
+                at += piece.length;
+            }
+            assert_eq!(at, offset + length);
+        }
+    }
 }

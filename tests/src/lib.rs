@@ -1,5 +1,5 @@
 //! Harness for whole-system tests.
 
-pub mod sim;
 pub mod process;
 pub mod proxy;
+pub mod sim;

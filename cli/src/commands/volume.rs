@@ -82,11 +82,10 @@ fn volume_table(volumes: &[Volume]) -> String {
             v.id.to_string(),
             size(v.size_bytes),
             size(v.block_bytes.into()),
-            size(v.allocated_bytes),
             v.group.clone(),
             convert::ack(v.ack()).to_owned(),
             convert::away(v.away()).to_owned(),
         ]
     };
-    table(["NAME", "ID", "SIZE", "BLOCK", "ALLOCATED", "GROUP", "ACK", "AWAY"], volumes.iter().map(row))
+    table(["NAME", "ID", "SIZE", "BLOCK", "GROUP", "ACK", "AWAY"], volumes.iter().map(row))
 }

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 
 use tonic::{Request, Response, Status};
-use understudy_common::types::{AckRule, AwayRule};
+use understudy_common::types::{AckRule, AwayRule, VolumeSpec};
 use understudy_proto::{
     convert::{ack_rule, away_rule, volume_to_wire},
     v1::{self, volume_service_server::VolumeService},
 };
 
 use super::{Shared, key};
-use crate::api::{BlockEngine, EngineError, NewVolume, VolumeSpec};
+use crate::api::{BlockEngine, EngineError, NewVolume};
 
 pub(super) struct VolumeFrontend<E>(pub Shared<E>);
 
@@ -69,7 +69,7 @@ impl<E: BlockEngine> VolumeService for VolumeFrontend<E> {
 
     async fn list_groups(&self, _: Request<v1::ListGroupsRequest>) -> Result<Response<v1::ListGroupsResponse>, Status> {
         let mut groups = BTreeMap::new();
-        for VolumeSpec { spec, .. } in self.0.engine.volumes() {
+        for spec in self.0.engine.volumes() {
             let empty = || v1::Group { id: spec.group.0, name: spec.group_name, volumes: Vec::new() };
             groups.entry(spec.group).or_insert_with(empty).volumes.push(spec.name);
         }
