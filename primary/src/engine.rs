@@ -117,7 +117,7 @@ impl Engine {
 
     /// The link's driver says whether a session is open, or why not.
     pub fn set_attached(&self, attached: Result<(), String>) {
-        self.inner.attached.send_replace(attached);
+        drop(self.inner.attached.send_replace(attached));
     }
 
     /// Refuses new requests from now on; what has an LSN is still answered.
