@@ -5,6 +5,8 @@ use tonic::{Code, Status};
 use understudy_common::types::Uid;
 use understudy_proto::convert::InvalidField;
 
+use crate::receiver::AttachRefusal;
+
 /// Why a request was not carried out. Each message names the value, the limit and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum NodeError {
@@ -16,78 +18,20 @@ pub enum NodeError {
         /// What is wrong and what is allowed.
         why: String,
     },
-    /// The two sides speak different versions of the protocol.
-    #[error("protocol {found} is not spoken here, {supported} is; run the same version on both sides")]
-    Protocol {
-        /// The primary's.
-        found: u32,
-        /// Ours.
-        supported: u32,
-    },
-    /// The directory belongs to another pair.
-    #[error(
-        "this backup belongs to pair {own}, the primary to pair {found}; give it an empty data_dir or the right backup.url"
-    )]
-    ForeignPair {
-        /// Ours.
-        own: Uid,
-        /// The primary's.
-        found: Uid,
-    },
-    /// The primary was superseded.
-    #[error("generation {found} is over, {newest} began; the old primary must not write any more")]
-    OldGeneration {
-        /// The primary's.
-        found: u64,
-        /// The newest known here.
-        newest: u64,
-    },
-    /// The backup holds what the primary does not.
-    #[error(
-        "the backup holds LSN {held} and the primary has {durable}: it lost acknowledged records or was restored from an \
-         old copy; choose one of both sides"
-    )]
-    Ahead {
-        /// The newest here.
-        held: u64,
-        /// The newest durable there.
-        durable: u64,
-    },
-    /// The primary cannot ship what comes next here.
-    #[error("the next record here is LSN {needed} and the primary keeps those from {oldest} on; start the backup anew")]
-    Behind {
-        /// Needed next.
-        needed: u64,
-        /// The oldest there.
-        oldest: u64,
-    },
+    /// The primary may not open a session.
+    #[error("{0}")]
+    Attach(#[from] AttachRefusal),
     /// A frame of a session that another has replaced.
     #[error("session {session} is over; attach again")]
     OldSession {
         /// Of the frame.
         session: Uid,
     },
-    /// A frame is missing or came twice.
-    #[error("{what} {found} came where {expected} was next; attach again")]
-    Gap {
-        /// Ship number or previous LSN.
-        what: &'static str,
-        /// That came.
-        found: u64,
-        /// That had to come.
-        expected: u64,
-    },
-    /// The data is not what the primary journaled.
-    #[error("block {block} of LSN {lsn} has CRC32C {found:#010x} instead of {expected:#010x}; nothing was stored")]
-    Checksum {
-        /// Of the record.
-        lsn: u64,
-        /// Number of the block.
-        block: u64,
-        /// That the record names.
-        expected: u32,
-        /// Of its data.
-        found: u32,
+    /// A frame was not taken: one before it is missing, or it is damaged.
+    #[error("{why}; attach again")]
+    Frame {
+        /// What is wrong with it.
+        why: String,
     },
     /// The range ends behind the volume.
     #[error("range [{offset_bytes}, +{length_bytes}) is outside of volume {volume} of {size_bytes} bytes; stay inside")]
@@ -151,14 +95,9 @@ impl NodeError {
     #[must_use]
     pub fn code(&self) -> Code {
         match self {
-            Self::Invalid { .. } | Self::Checksum { .. } => Code::InvalidArgument,
-            Self::Protocol { .. }
-            | Self::ForeignPair { .. }
-            | Self::OldGeneration { .. }
-            | Self::Ahead { .. }
-            | Self::Behind { .. }
-            | Self::Gap { .. } => Code::FailedPrecondition,
-            Self::OldSession { .. } => Code::Aborted,
+            Self::Invalid { .. } => Code::InvalidArgument,
+            Self::Attach(_) => Code::FailedPrecondition,
+            Self::OldSession { .. } | Self::Frame { .. } => Code::Aborted,
             Self::OutOfRange { .. } => Code::OutOfRange,
             Self::NoVolume { .. } => Code::NotFound,
             Self::TooLarge { .. } => Code::ResourceExhausted,

@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod error;
+pub mod node;
 pub mod receiver;
 pub mod run;
 pub mod services;

@@ -44,7 +44,7 @@ pub struct Hello {
 }
 
 /// Why an attach is refused. Nothing was changed.
-#[derive(Debug, Error, PartialEq, Eq)]
+#[derive(Debug, Clone, Error, PartialEq, Eq)]
 pub enum AttachRefusal {
     /// Versions.
     #[error("the primary speaks protocol {theirs}, this backup {PROTOCOL}: upgrade the older one")]
@@ -283,14 +283,13 @@ impl Receiver {
     /// What may be answered now that this node's journal is durable up to `durable`.
     pub fn poll_answer(&mut self, durable: Lsn) -> Option<(Uid, Answer)> {
         let session = self.session.as_mut()?;
-        while session.pending.front().is_some_and(|(_, lsn)| *lsn <= durable)
-            && let Some((ship, _)) = session.pending.pop_front()
-        {
-            session.answered = ship;
-        }
-        let done = session.next_ship - 1 - session.pending.len() as u64;
-        debug_assert!(session.answered <= done || Mutant::NoSessionFence.on() || Mutant::NoPositionChain.on());
-        Some((session.id, Answer { ship: session.answered, refusals: session.take_refusals() }))
+        let ship = session.advance(durable);
+        Some((session.id, Answer { ship, refusals: session.take_refusals() }))
+    }
+
+    /// The newest ship number that may be answered; refusals are left for [`Receiver::poll_answer`].
+    pub fn poll_answered(&mut self, durable: Lsn) -> u64 {
+        self.session.as_mut().map_or(0, |session| session.advance(durable))
     }
 
     /// The open session.
@@ -314,6 +313,15 @@ impl Receiver {
 }
 
 impl Session {
+    fn advance(&mut self, durable: Lsn) -> u64 {
+        while self.pending.front().is_some_and(|(_, lsn)| *lsn <= durable)
+            && let Some((ship, _)) = self.pending.pop_front()
+        {
+            self.answered = ship;
+        }
+        self.answered
+    }
+
     fn take_refusals(&mut self) -> Vec<Refusal> {
         if self.refused.len() == self.refusals_answered {
             return Vec::new();

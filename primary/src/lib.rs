@@ -6,6 +6,8 @@
 pub mod api;
 pub mod engine;
 pub mod error;
+pub mod link;
+pub mod node;
 pub mod run;
 pub mod sender;
 pub mod services;

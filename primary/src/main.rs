@@ -1,3 +1,8 @@
 //! The `understudy-primary` binary.
 
-fn main() {}
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> std::process::ExitCode {
+    understudy_primary::run::main(understudy_primary::node::open)
+}

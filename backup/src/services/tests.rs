@@ -1,5 +1,6 @@
 //! The services over a real loopback socket, with a node in memory.
 
+use crate::receiver::AttachRefusal;
 use std::{net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
@@ -42,7 +43,7 @@ impl ReplicaNode for Memory {
 
     async fn attach(&self, request: v1::AttachRequest) -> Result<v1::AttachResponse, NodeError> {
         if request.protocol != 1 {
-            return Err(NodeError::Protocol { found: request.protocol, supported: 1 });
+            return Err(AttachRefusal::Protocol { theirs: request.protocol }.into());
         }
         Ok(v1::AttachResponse { session: SESSION, ..Default::default() })
     }
@@ -50,7 +51,7 @@ impl ReplicaNode for Memory {
     async fn receive(&self, record: v1::StagedRecord) -> Result<(), NodeError> {
         let expected = *self.0.received.borrow() + 1;
         if record.ship != expected {
-            return Err(NodeError::Gap { what: "ship number", found: record.ship, expected });
+            return Err(NodeError::Frame { why: format!("{} came where {expected} was next", record.ship) });
         }
         self.0.received.send_replace(record.ship);
         Ok(())
@@ -174,7 +175,7 @@ async fn records_are_acknowledged_when_they_are_durable() {
 #[tokio::test]
 async fn a_refused_record_ends_the_stream_with_the_reason() {
     for (record, code, part) in [
-        (record(2), Code::FailedPrecondition, "ship number 2 came where 1 was next"),
+        (record(2), Code::Aborted, "2 came where 1 was next"),
         (v1::StagedRecord { session: Bytes::from_static(b"short"), ..record(1) }, Code::InvalidArgument, "session"),
         (v1::StagedRecord { session: Bytes::from_static(&[8; 16]), ..record(1) }, Code::Aborted, "attach again"),
     ] {

@@ -276,6 +276,16 @@ impl Pool {
         self.io.clone()
     }
 
+    /// Of each device: its path, its segments, and how many of them are free.
+    #[must_use]
+    pub fn device_sizes(&self) -> Vec<(String, u64, u64)> {
+        let size = |(number, config): (u16, &DeviceConfig)| {
+            let (total, free) = self.segments.device_size(number);
+            (config.path.clone(), total, free)
+        };
+        (0..).zip(&self.configs).map(size).collect()
+    }
+
     /// Map chunks that the next capture would take.
     #[must_use]
     pub fn dirty_chunks(&self) -> usize {

@@ -414,6 +414,12 @@ impl Segments {
         self.devices[usize::from(device)].total
     }
 
+    /// All segments of a device, and those that are free.
+    pub(super) fn device_size(&self, device: u16) -> (u64, u64) {
+        let device = &self.devices[usize::from(device)];
+        (device.total, device.free_count)
+    }
+
     /// The pages that no durable checkpoint holds as they are.
     pub(super) fn dirty_pages(&self) -> Vec<((u16, u32), Arc<CountPage>)> {
         let page = |&(device, page): &(u16, u32)| self.devices[usize::from(device)].counts[page as usize].clone();

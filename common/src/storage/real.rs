@@ -25,6 +25,8 @@ static ZEROS: [u8; 256 * 1024] = [0; 256 * 1024];
 #[derive(Debug, Clone)]
 pub struct RealStorage {
     root: PathBuf,
+    /// The journal's directory, where it does not lie below `root`.
+    journal: Option<PathBuf>,
 }
 
 impl RealStorage {
@@ -32,7 +34,14 @@ impl RealStorage {
     pub fn new(root: impl Into<PathBuf>) -> io::Result<Self> {
         let root = root.into();
         make_dir(&root)?;
-        Ok(Self { root })
+        Ok(Self { root, journal: None })
+    }
+
+    /// Puts what is named `journal/..` into a directory of its own, made if it does not exist.
+    pub fn with_journal(self, directory: impl Into<PathBuf>) -> io::Result<Self> {
+        let directory = directory.into();
+        make_dir(&directory)?;
+        Ok(Self { journal: Some(directory), ..self })
     }
 
     /// The directory relative names start from.
@@ -42,6 +51,9 @@ impl RealStorage {
     }
 
     fn path(&self, name: &str) -> PathBuf {
+        if let (Some(journal), Some(below)) = (&self.journal, name.strip_prefix("journal")) {
+            return journal.join(below.trim_start_matches('/'));
+        }
         // `join` takes an absolute name as it is; an empty one would add a slash.
         if name.is_empty() { self.root.clone() } else { self.root.join(name) }
     }

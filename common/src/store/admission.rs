@@ -370,6 +370,7 @@ impl Store {
             }
         }
         let entry = Arc::new(Entry { lsn, record, place });
+        front.traffic.0 += entry.record.payload_bytes();
         front.queue_bytes += entry.memory_bytes();
         front.queue_hazards += usize::from(is_hazard(&entry.record));
         if self.config.retain {

@@ -22,6 +22,7 @@ mod overlay;
 mod read;
 mod recovery;
 mod retained;
+pub mod setup;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -195,6 +196,8 @@ struct Front {
     /// Blocks that somebody reads in order to write them back changed, and whether they were written meanwhile.
     watches: Vec<Watch>,
     watch_id: u64,
+    /// Payload bytes submitted, and released by the backup, since the store was opened.
+    traffic: (u64, u64),
     failed: Option<String>,
     /// First LSN that the last captured checkpoint does not include.
     checkpoint_next: Lsn,
@@ -323,6 +326,12 @@ impl Store {
         self.front.lock().retained.clone()
     }
 
+    /// Payload bytes that were submitted, and that the backup released, since the store was opened.
+    #[must_use]
+    pub fn traffic(&self) -> (u64, u64) {
+        self.front.lock().traffic
+    }
+
     /// One group of it.
     #[must_use]
     pub fn retained_of(&self, group: GroupId) -> GroupRetained {
@@ -372,6 +381,7 @@ impl Store {
         {
             let mut front = self.front.lock();
             front.retained.on_released(group, lsn, payload_bytes);
+            front.traffic.1 += payload_bytes;
             front.prune_both();
         }
         self.marks.send_modify(|m| m.releases += 1);

@@ -301,6 +301,7 @@ fn assemble(config: StoreConfig, catalog: Catalog, identity: Identity, journal: 
         prune_both_at: 0,
         watches: Vec::new(),
         watch_id: 0,
+        traffic: (0, 0),
     };
     let applier =
         Applier { state: replay.state, applied: durable, in_flight: false, checkpointing: false, sweep: true };
