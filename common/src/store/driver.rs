@@ -13,6 +13,7 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 
 use super::{CheckpointJob, Store};
+use crate::journal::{FilePreparation, Journal};
 
 /// How often an idle thread looks whether it is to end.
 const IDLE: Duration = Duration::from_millis(100);
@@ -37,14 +38,36 @@ pub struct Stats {
 }
 
 /// What admission asks of the background.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Wants {
     checkpoint: AtomicBool,
-    growth: Mutex<bool>,
+    growth: Mutex<Ahead>,
     growth_work: Condvar,
 }
 
+/// Work that is done ahead of need.
+#[derive(Default)]
+struct Ahead {
+    /// The pool is to grow.
+    grow: bool,
+    /// A file of the journal is to be filled with zeros.
+    file: Option<FilePreparation>,
+    /// One is being filled.
+    filling: bool,
+}
+
 impl Wants {
+    /// Has the journal's next file made ready, so that no batch waits for it.
+    fn prepare(&self, journal: &mut Journal) {
+        let mut ahead = self.growth.lock();
+        if !ahead.filling && ahead.file.is_none() {
+            ahead.file = journal.prepare_next_file();
+            if ahead.file.is_some() {
+                self.growth_work.notify_one();
+            }
+        }
+    }
+
     fn take_checkpoint(&self) -> bool {
         self.checkpoint.swap(false, Ordering::AcqRel)
     }
@@ -65,7 +88,7 @@ impl Store {
     /// Asks for the pool to grow, if it may.
     pub fn request_growth(&self) {
         if self.space.can_grow() > 0 {
-            *self.wants.growth.lock() = true;
+            self.wants.growth.lock().grow = true;
             self.wants.growth_work.notify_one();
         }
     }
@@ -139,6 +162,7 @@ fn journal(store: &Arc<Store>, stop: &AtomicBool) {
                     return;
                 }
                 if let Some(job) = store.take_batch_locked(&mut front) {
+                    store.wants.prepare(&mut front.journal);
                     break job;
                 }
                 store.work.wait_for(&mut front, IDLE);
@@ -207,15 +231,24 @@ fn checkpointer(store: &Arc<Store>, stop: &AtomicBool, jobs: &mpsc::Receiver<Che
 
 fn grower(store: &Arc<Store>, stop: &AtomicBool) {
     while !stop.load(Ordering::Acquire) {
-        let wanted = {
-            let mut wanted = store.wants.growth.lock();
-            if !*wanted {
-                store.wants.growth_work.wait_for(&mut wanted, IDLE);
+        let (grow, file) = {
+            let mut ahead = store.wants.growth.lock();
+            if !ahead.grow && ahead.file.is_none() {
+                store.wants.growth_work.wait_for(&mut ahead, IDLE);
             }
-            std::mem::take(&mut *wanted)
+            let file = ahead.file.take();
+            ahead.filling = file.is_some();
+            (std::mem::take(&mut ahead.grow), file)
         };
-        if wanted {
+        if grow {
             store.grow();
+        }
+        if let Some(file) = file {
+            // On failure the batch that needs the file tries again, and says what is wrong.
+            if let Err(error) = file.run() {
+                tracing::warn!(%error, "the journal's next file cannot be made ready");
+            }
+            store.wants.growth.lock().filling = false;
         }
     }
 }
