@@ -27,6 +27,8 @@ pub struct Stats {
     pub batch_micros: AtomicU64,
     /// Records applied.
     pub applied: AtomicU64,
+    /// Records read back from the journal for a sender that has fallen out of the memory tail.
+    pub spilled: AtomicU64,
     /// Checkpoints.
     pub checkpoints: AtomicU64,
     /// Time in them, microseconds.
@@ -98,7 +100,11 @@ impl Store {
         let Some(growth) = self.pool.lock().grow() else { return false };
         let performed = growth.perform();
         if let Err(error) = &performed {
-            tracing::warn!(%error, "the pool cannot grow");
+            if self.io.is_poisoned() {
+                self.fail(format!("growing the pool: {error}"));
+            } else {
+                tracing::warn!(%error, "the pool cannot grow");
+            }
         }
         let gained = self.pool.lock().finish_grow(&growth, &performed);
         self.marks.send_modify(|_| {});
