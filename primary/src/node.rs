@@ -1,7 +1,10 @@
 //! The primary's node: the engine with its link, its events and its figures, behind the seam of the services.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -54,6 +57,8 @@ struct Inner {
     events: EventLog,
     metrics: Metrics,
     rates: Mutex<Rates>,
+    /// A write was refused for a full staging area, and none was taken since.
+    staging_full: AtomicBool,
     recovery: Recovery,
     recovery_time: Duration,
     stop: CancellationToken,
@@ -202,6 +207,7 @@ impl Node {
             events,
             metrics,
             rates: Mutex::new(Rates::default()),
+            staging_full: AtomicBool::new(false),
             recovery,
             recovery_time,
             stop,
@@ -300,7 +306,17 @@ impl BlockEngine for Node {
     }
 
     async fn submit(&self, permit: Permit, request: WriteRequest) -> Result<Ticket, EngineError> {
-        self.inner.engine.submit(permit, request).await
+        let submitted = self.inner.engine.submit(permit, request).await;
+        let full = matches!(submitted, Err(EngineError::StagingFull { .. }));
+        if (full || submitted.is_ok()) && self.inner.staging_full.swap(full, Ordering::Relaxed) != full {
+            let (kind, message) = if full {
+                ("staging.full", "writes are refused until the backup has caught up")
+            } else {
+                ("staging.relieved", "writes are taken again")
+            };
+            self.inner.events.record(unix_ms(), kind, message, []);
+        }
+        submitted
     }
 
     async fn wait(&self, ticket: Ticket) -> Result<WriteAck, EngineError> {

@@ -51,6 +51,18 @@ pub enum SendError {
         /// What it had acknowledged.
         acked: Lsn,
     },
+    /// The backup lacks records that were never kept for it.
+    #[error(
+        "the backup holds group {group} up to {backup}, the primary is at {newest} and kept no records for it: it was written without a backup, and needs a full synchronisation"
+    )]
+    NotRetained {
+        /// The group.
+        group: GroupId,
+        /// What the backup holds.
+        backup: Lsn,
+        /// What there is.
+        newest: Lsn,
+    },
     /// The journal cannot be read.
     #[error("journal: {0}")]
     Journal(#[from] ReadError),
@@ -135,6 +147,14 @@ impl Sender {
             }
             if backup < retained.acked && (live || retained.oldest.is_some()) {
                 return Err(SendError::BackupLost { group, backup, acked: retained.acked });
+            }
+        }
+        // Written before a backup was configured: those records are gone.
+        let newest: Vec<_> = self.store.with_state(|s| s.groups.values().map(|g| (g.id, g.position.lsn)).collect());
+        for (group, lsn) in newest {
+            let backup = positions.get(&group).copied().unwrap_or(Lsn::ZERO);
+            if backup < lsn && self.store.retained_of(group).oldest.is_none() {
+                return Err(SendError::NotRetained { group, backup, newest: lsn });
             }
         }
         self.session = Some(Session {
