@@ -149,7 +149,7 @@ impl Writer {
     fn failed(&mut self, write: &Write, status: &Status) -> bool {
         let mut model = self.model.lock();
         model.retries += 1;
-        model.note(format!("writer {}: {} {:?}", self.id, write.sequence, status.code()));
+        model.note(format!("writer {}: {} {:?} {}", self.id, write.sequence, status.code(), status.message()));
         if !is_passing(status.code()) {
             model.violate(format!("writer {}: {write:?}: {status}", self.id));
             return false;

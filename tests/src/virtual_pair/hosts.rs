@@ -66,7 +66,7 @@ impl Machine {
             },
             checkpoint_bytes: 128 * 1024,
             tail_bytes: rng.random_range(1..64) * 1024,
-            reference_bytes: if rng.random_bool(0.5) { SEGMENT as usize } else { usize::MAX },
+            reference_bytes: SEGMENT as usize,
             apply_bytes: 16 * 1024,
             pending_bytes: 1 << 20,
             retain: role == Role::Primary,
