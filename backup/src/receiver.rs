@@ -288,8 +288,11 @@ impl Receiver {
         {
             session.answered = ship;
         }
-        let done = session.next_ship - 1 - session.pending.len() as u64;
-        debug_assert!(session.answered <= done || Mutant::NoSessionFence.on() || Mutant::NoPositionChain.on());
+        debug_assert!(
+            session.next_ship > session.answered + session.pending.len() as u64
+                || Mutant::NoSessionFence.on()
+                || Mutant::NoPositionChain.on()
+        );
         Some((session.id, Answer { ship: session.answered, refusals: session.take_refusals() }))
     }
 
