@@ -17,7 +17,7 @@ use crate::{
 use super::{Entry, Failed, Front, Queued, ReadFailure, Store, Watch, overlay::Content};
 
 /// Free segments below which a pool that may grow does so ahead of need.
-const GROW_BELOW: u64 = 512;
+pub(super) const GROW_BELOW: u64 = 512;
 
 /// A change of blocks, in whole blocks.
 #[derive(Debug, Clone)]
@@ -449,9 +449,7 @@ impl Store {
     fn reserve(&self, front: &Front, touched: &Touched) -> Result<Option<Reservation>, SubmitError> {
         match self.space.reserve(touched.segments().count() as u64) {
             Ok(reservation) => {
-                if self.space.free().saturating_sub(self.space.reserved()) < GROW_BELOW {
-                    self.request_growth();
-                }
+                self.request_growth();
                 Ok(Some(reservation))
             }
             Err(no_space) => {

@@ -99,7 +99,7 @@ impl Wants {
     }
 
     fn take_growth(&self) -> bool {
-        std::mem::take(&mut *self.growth.lock())
+        std::mem::take(&mut self.growth.lock().grow)
     }
 }
 
@@ -115,9 +115,10 @@ impl Store {
         self.wants.take_checkpoint()
     }
 
-    /// Asks for the pool to grow, if it may.
+    /// Asks for the pool to grow, if it may and has little left. Whoever waits for room of another kind asks as well.
     pub fn request_growth(&self) {
-        if self.space.can_grow() > 0 {
+        let free = self.space.free().saturating_sub(self.space.reserved());
+        if free < super::admission::GROW_BELOW && self.space.can_grow() > 0 {
             self.wants.growth.lock().grow = true;
             self.wants.growth_work.notify_one();
         }

@@ -221,13 +221,14 @@ impl World {
                 if self.rng.random() { self.primary.plan_failed_sync(nth) } else { self.backup.plan_failed_sync(nth) }
             }
             984..988 if self.faults.readers => self.open_image()?,
-            988..994 if self.faults.readers => {
-                let until = self.now + self.rng.random_range(5..150);
-                let node = if self.rng.random() { &mut self.primary } else { &mut self.backup };
-                node.hold_read(&self.model, until)?;
+            // Rarely: a recovery of a copy of the disk costs more than a hundred other steps.
+            988 => self.primary.check_base_image(&self.model)?,
+            989 => self.backup.check_base_image(&self.model)?,
+            990..1000 if self.faults.readers => {
+                let until = self.now + self.rng.random_range(5..300);
+                let node = if self.rng.random_bool(0.6) { &mut self.primary } else { &mut self.backup };
+                node.hold_read(&mut self.rng, &self.model, until)?;
             }
-            994..996 => self.primary.check_base_image(&self.model)?,
-            996..998 => self.backup.check_base_image(&self.model)?,
             _ => {}
         }
         for node in [&mut self.primary, &mut self.backup] {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rand::Rng;
+use rand::{Rng, seq::IteratorRandom};
 use rand_pcg::Pcg64Mcg;
 use understudy_common::{
     catalog::{Catalog, DEFAULT_CACHE_BYTES},
@@ -272,15 +272,14 @@ impl Node {
     // --- reads
 
     /// Resolves a read and holds it open, as a slow device would.
-    pub fn hold_read(&mut self, model: &Model, until: u32) -> Outcome {
+    pub fn hold_read(&mut self, rng: &mut Pcg64Mcg, model: &Model, until: u32) -> Outcome {
         // What is planned and not performed is covered by the overlay, which this read does not look at.
-        if self.apply.is_some() || self.reads.len() >= 2 {
+        if self.apply.is_some() || self.reads.len() >= 3 {
             return Ok(());
         }
         let store = Arc::clone(self.store());
-        let Some(spec) = model.live().into_values().find(|spec| store.with_pool(|p| p.block_count(spec.id)) > 0) else {
-            return Ok(());
-        };
+        let known = model.live().into_values().filter(|spec| store.with_pool(|p| p.block_count(spec.id)) > 0);
+        let Some(spec) = known.choose(rng) else { return Ok(()) };
         let mut pieces = Vec::new();
         let held = store.with_pool(|pool| {
             pool.resolve(spec.id, None, 0, pool.block_count(spec.id), &mut pieces)?;
