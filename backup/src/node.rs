@@ -3,12 +3,15 @@
 use std::{
     collections::BTreeMap,
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use futures_util::StreamExt as _;
 use parking_lot::Mutex;
-use tokio::{sync::Notify, time::timeout};
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout},
+};
 use tracing::{info, warn};
 use understudy_common::{
     checksum::crc32c,
@@ -32,6 +35,20 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// Events that are kept.
 const EVENTS: usize = 1024;
 
+/// What a simulation replaces.
+pub struct Seams {
+    /// Makes the ids of sessions; unpredictable in service.
+    pub session_id: Box<dyn Fn() -> Uid + Send + Sync>,
+    /// Reads stay on the calling thread: for simulated disks.
+    pub inline_reads: bool,
+}
+
+impl Default for Seams {
+    fn default() -> Self {
+        Self { session_id: Box::new(|| Uid(rand::random())), inline_reads: false }
+    }
+}
+
 struct Inner {
     store: Arc<Store>,
     receiver: Mutex<Receiver>,
@@ -43,6 +60,7 @@ struct Inner {
     recovery: Recovery,
     recovery_time: Duration,
     link_config: LinkConfig,
+    seams: Seams,
     threads: Mutex<Option<Threads>>,
 }
 
@@ -73,7 +91,7 @@ pub async fn open(config: BackupConfig, metrics: Metrics) -> Result<Node, Failur
 }
 
 fn open_blocking(config: &BackupConfig, store_config: StoreConfig, metrics: Metrics) -> Result<Node, Failure> {
-    let start = Instant::now();
+    let start = std::time::Instant::now();
     let storage = setup::storage(&config.data_dir, &config.staging)
         .map_err(|error| Failure::new(Exit::Storage, format!("{}: {error}", config.data_dir.display())))?;
     let (store, recovery) = store::open(storage, store_config, Role::Backup, &mut || Uid(rand::random()))
@@ -123,6 +141,20 @@ impl Node {
         recovery_time: Duration,
         threads: Option<Threads>,
     ) -> Self {
+        Self::with_seams(store, link_config, metrics, recovery, recovery_time, threads, Seams::default())
+    }
+
+    /// As [`Node::new`], with parts of its own.
+    #[must_use]
+    pub fn with_seams(
+        store: Arc<Store>,
+        link_config: LinkConfig,
+        metrics: Metrics,
+        recovery: Recovery,
+        recovery_time: Duration,
+        threads: Option<Threads>,
+        seams: Seams,
+    ) -> Self {
         let events = EventLog::new(EVENTS);
         events.record(unix_ms(), "node.started", "the backup has started", []);
         let link = Link {
@@ -144,6 +176,7 @@ impl Node {
                 recovery,
                 recovery_time,
                 link_config,
+                seams,
                 threads: Mutex::new(threads),
             }),
         }
@@ -264,7 +297,7 @@ impl ReplicaNode for Node {
             segment_bytes: request.segment_bytes,
             durable: Lsn(request.durable_lsn),
         };
-        let session = Uid(rand::random());
+        let session = (self.inner.seams.session_id)();
         let attached = self.inner.receiver.lock().attach(&hello, session);
         let (positions, drained) = attached.inspect_err(|error| {
             warn!(%error, "attach refused");
@@ -345,6 +378,7 @@ impl ReplicaNode for Node {
                 });
             }
             tokio::select! {
+                biased;
                 changed = marks.changed() => if changed.is_err() { return Err(self.storage_error()) },
                 () = progress => {}
             }
@@ -397,6 +431,9 @@ impl ReplicaNode for Node {
     ) -> Result<PieceContent, NodeError> {
         let image = Arc::clone(image);
         let read = move || read_piece(&image, offset_bytes, max_bytes).map_err(|error| of_read(error, image.spec()));
+        if self.inner.seams.inline_reads {
+            return read();
+        }
         tokio::task::spawn_blocking(read)
             .await
             .map_err(|error| NodeError::Storage { message: format!("a read was ended: {error}") })?

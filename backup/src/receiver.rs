@@ -140,7 +140,7 @@ pub enum FrameRefusal {
         /// What is wrong.
         source: DecodeError,
     },
-    /// There is no room now; there will be after the next checkpoint.
+    /// There is no room now; there will be after a checkpoint or a growth, which was asked for.
     #[error(transparent)]
     Busy(SubmitError),
     /// The store.
@@ -369,10 +369,18 @@ fn accept(store: &Store, session: &mut Session, record: &Record) -> Result<Optio
     }
     match store.submit_replica(record.clone()) {
         Ok(submitted) => Ok(Some(submitted.lsn)),
-        Err(SubmitError::Space(no_space)) if no_space.quarantined > 0 || no_space.can_grow > 0 => {
+        // Reserved space counts: most overwrites give their reservation back when they are in their place.
+        Err(SubmitError::Space(no_space))
+            if no_space.quarantined > 0 || no_space.can_grow > 0 || no_space.reserved > 0 =>
+        {
+            store.request_checkpoint();
+            store.request_growth();
             Err(FrameRefusal::Busy(SubmitError::Space(no_space)))
         }
-        Err(error @ SubmitError::StagingFull { .. }) => Err(FrameRefusal::Busy(error)),
+        Err(error @ SubmitError::StagingFull { .. }) => {
+            store.request_checkpoint();
+            Err(FrameRefusal::Busy(error))
+        }
         Err(SubmitError::Space(no_space)) => refuse(session, "space", no_space.to_string()),
         Err(error @ (SubmitError::NoVolume(_) | SubmitError::OutOfRange { .. } | SubmitError::Shape { .. })) => {
             refuse(session, "unsupported", error.to_string())

@@ -197,6 +197,7 @@ fn expiry(allowed: Option<Duration>, shutdown: Option<CancellationToken>) -> Opt
             }
         };
         tokio::select! {
+            biased;
             () = late => {
                 let millis = allowed.unwrap_or_default().as_millis();
                 End { code: DEADLINE_EXCEEDED, message: format!("the call did not end within {millis} ms") }

@@ -236,6 +236,7 @@ where
             Protocol::Grpc => {
                 let mut connection = pin!(self.http2().serve_connection(io, service));
                 tokio::select! {
+                    biased;
                     result = connection.as_mut() => result,
                     () = self.ends(&heard) => {
                         connection.as_mut().graceful_shutdown();
@@ -246,6 +247,7 @@ where
             Protocol::Http1 => {
                 let mut connection = pin!(self.http1().serve_connection(io, service));
                 tokio::select! {
+                    biased;
                     result = connection.as_mut() => result,
                     () = self.ends(&heard) => {
                         connection.as_mut().graceful_shutdown();

@@ -124,10 +124,15 @@ impl Sender {
     /// If it holds less than it had acknowledged.
     pub fn on_attached(&mut self, welcome: &Welcome) -> Result<(), SendError> {
         self.session = None;
-        let positions: BTreeMap<GroupId, Lsn> = welcome.positions.iter().map(|(g, p)| (*g, p.lsn)).collect();
+        let mut positions: BTreeMap<GroupId, Lsn> = welcome.positions.iter().map(|(g, p)| (*g, p.lsn)).collect();
         for (group, retained) in self.store.retained().groups() {
             let backup = positions.get(&group).copied().unwrap_or(Lsn::ZERO);
             let live = self.store.with_state(|s| s.groups.contains_key(&group));
+            if !live && !positions.contains_key(&group) && retained.acked > Lsn::ZERO {
+                // Deleted here; there as well, and only that answer was lost. An emptied backup does not need it.
+                positions.insert(group, retained.last);
+                continue;
+            }
             if backup < retained.acked && (live || retained.oldest.is_some()) {
                 return Err(SendError::BackupLost { group, backup, acked: retained.acked });
             }

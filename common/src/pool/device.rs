@@ -156,6 +156,12 @@ impl Device {
     /// Allocates the segments `[superblock.segments, segments)`, zeros their checksum areas and makes a superblock that
     /// covers them durable.
     pub(super) fn extend(&self, superblock: &Superblock, segments: u64) -> io::Result<()> {
+        self.allocate(superblock, segments)?;
+        self.commit(superblock, segments)
+    }
+
+    /// The first half of [`Device::extend`]: what may fail for want of space, and changes nothing that is in use.
+    pub(super) fn allocate(&self, superblock: &Superblock, segments: u64) -> io::Result<()> {
         let (old, new) = (self.layout.device_bytes(superblock.segments), self.layout.device_bytes(segments));
         if !is_block_device(&self.path) {
             self.file.allocate(old, new - old)?;
@@ -165,6 +171,11 @@ impl Device {
         for zone in zones {
             self.file.write_zeros(self.layout.zone_start(zone), self.layout.area_bytes())?;
         }
+        Ok(())
+    }
+
+    /// The second half of [`Device::extend`]. A failed sync here may have lost blocks written before.
+    pub(super) fn commit(&self, superblock: &Superblock, segments: u64) -> io::Result<()> {
         self.file.sync_data()?;
         self.file.write_all_at(&Superblock { segments, ..*superblock }.encode(), 0)?;
         self.file.sync_data()

@@ -6,13 +6,14 @@ use std::{
 };
 
 use super::{
-    Pool,
+    Pool, PoolIo,
     device::{Device, Superblock, is_block_device},
 };
 
 /// A growth of one device that was planned and is to be performed, then finished.
 pub struct Growth {
     device: Arc<Device>,
+    io: PoolIo,
     superblock: Superblock,
     segments: u64,
 }
@@ -27,9 +28,11 @@ impl Growth {
     /// Allocates the space and makes it part of the device, durably. Takes as long as the file system wants.
     ///
     /// # Errors
-    /// The file system is full or fails. The device is as it was, but for space that the next growth uses.
+    /// The file system is full: the device is as it was, but for space that the next growth uses. Or a sync fails: it is
+    /// also the sync of blocks that were written before, so it poisons the pool's [`PoolIo`].
     pub fn perform(&self) -> io::Result<()> {
-        self.device.extend(&self.superblock, self.segments)
+        self.device.allocate(&self.superblock, self.segments)?;
+        self.io.guarded(|| self.device.commit(&self.superblock, self.segments))
     }
 }
 
@@ -55,7 +58,7 @@ impl Pool {
         };
         self.growing = true;
         let segments = ((at / zone + 1) * zone).min(at + self.room(number));
-        Some(Growth { device: self.devices[usize::from(number)].clone(), superblock, segments })
+        Some(Growth { device: self.devices[usize::from(number)].clone(), io: self.io.clone(), superblock, segments })
     }
 
     /// Ends a growth. Its segments are free if it succeeded. Returns how many were gained.

@@ -224,7 +224,8 @@ impl PoolIo {
         Ok(())
     }
 
-    fn guarded<T>(&self, run: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    /// Runs `run` unless an earlier write or sync failed; an error of it is the last thing this pool does.
+    pub(super) fn guarded<T>(&self, run: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         if self.is_poisoned() {
             return Err(io::Error::other("an earlier write or sync of the pool failed; restart the node"));
         }

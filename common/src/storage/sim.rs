@@ -186,6 +186,12 @@ impl SimStorage {
         self.disk.lock().bad_ranges.push((name.to_owned(), range));
     }
 
+    /// How many plans of [`Self::fail_nth`] have not been reached.
+    #[must_use]
+    pub fn faults_planned(&self) -> usize {
+        self.disk.lock().faults.len()
+    }
+
     /// Forgets the plans of [`Self::fail_nth`] and [`Self::fail_reads`].
     pub fn clear_faults(&self) {
         let mut disk = self.disk.lock();

@@ -293,8 +293,16 @@ impl Store {
         let lsn = front.journal.next_lsn();
         let class = if record.is_data() { Class::Data } else { Class::Control };
         let blocks = self.check_blocks(front, &record)?;
-        let segments = self.place_large(front, &mut record);
+        let (segments, no_space) = match self.place_large(front, &mut record) {
+            Ok(segments) => (segments, None),
+            Err(no_space) => (Vec::new(), Some(no_space)),
+        };
         let result = self.admit_placed(front, record, lsn, class, blocks, &segments, place);
+        // It would have fitted into segments: what it lacks is space, which may come, and not a smaller size.
+        let result = match (result, no_space) {
+            (Err(SubmitError::TooLarge { .. }), Some(no_space)) => Err(no_space.into()),
+            (result, _) => result,
+        };
         if result.is_err() && !segments.is_empty() {
             let mut pool = self.pool.lock();
             for segment in &segments {
@@ -411,27 +419,30 @@ impl Store {
         Ok(Some(Touched::new(range, spec)))
     }
 
-    /// Gives a large aligned write fresh segments, so that its bytes are written to disk once. Falls back to the
-    /// journal when there are none.
-    fn place_large(&self, front: &Front, record: &mut Record) -> Vec<SegmentId> {
-        let Op::Write { volume, first_block, crcs, data, .. } = &mut record.op else { return Vec::new() };
-        let WriteData::Inline(bytes) = data else { return Vec::new() };
-        let Some(spec) = front.state.volumes.get(volume) else { return Vec::new() };
+    /// Gives a large aligned write fresh segments, so that its bytes are written to disk once. No segments: it is for
+    /// the journal.
+    ///
+    /// # Errors
+    /// There are none; the caller falls back to the journal.
+    fn place_large(&self, front: &Front, record: &mut Record) -> Result<Vec<SegmentId>, NoSpace> {
+        let Op::Write { volume, first_block, crcs, data, .. } = &mut record.op else { return Ok(Vec::new()) };
+        let WriteData::Inline(bytes) = data else { return Ok(Vec::new()) };
+        let Some(spec) = front.state.volumes.get(volume) else { return Ok(Vec::new()) };
         let per_segment = u64::from(spec.blocks_per_segment());
         let aligned = first_block.is_multiple_of(per_segment) && (crcs.len() as u64).is_multiple_of(per_segment);
         if bytes.len() < self.config.reference_bytes || !aligned {
-            return Vec::new();
+            return Ok(Vec::new());
         }
         let count = crcs.len() as u64 / per_segment;
         // Held until they are allocated, so that space promised to others is not taken.
-        let Ok(_reservation) = self.space.reserve(count) else { return Vec::new() };
+        let _reservation = self.space.reserve(count)?;
         let mut pool = self.pool.lock();
-        let Ok(segments) = pool.allocate_reference(count) else { return Vec::new() };
+        let segments = pool.allocate_reference(count)?;
         for segment in &segments {
             pool.pin(*segment);
         }
         *data = WriteData::Segments(segments.clone(), Some(bytes.clone()));
-        segments
+        Ok(segments)
     }
 
     /// Reserves the worst case of a write. When space is low, the exact need: an overwrite in place needs none.

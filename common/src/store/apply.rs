@@ -156,10 +156,11 @@ impl Store {
             if front.failed.is_some() {
                 return None;
             }
-            let durable = if Mutant::ApplyBeforeSync.on() { Lsn(u64::MAX) } else { self.marks.borrow().durable };
+            let durable = self.marks.borrow().durable;
             let mut bytes = 0;
             for queued in &front.queue {
-                if queued.entry.lsn > durable || bytes >= self.config.apply_bytes {
+                let early = queued.entry.lsn > durable && !applies_early(front.identity.role, &queued.entry.record);
+                if early || bytes >= self.config.apply_bytes {
                     break;
                 }
                 bytes += queued.entry.memory_bytes();
@@ -218,10 +219,14 @@ impl Store {
             }
         }
         drop(popped);
+        let acknowledge = Mutant::ApplyWithoutJournal.on() && self.front.lock().identity.role == Role::Backup;
         self.marks.send_modify(|m| {
             m.applied = last;
             if job.sync {
                 m.placed = last;
+            }
+            if acknowledge {
+                m.durable = m.durable.max(last);
             }
         });
     }
@@ -247,6 +252,13 @@ impl Store {
     pub fn queue_bytes(&self) -> usize {
         self.front.lock().queue_bytes
     }
+}
+
+/// Hazards: a record is written to its place before it is durable in the journal.
+fn applies_early(role: Role, record: &Record) -> bool {
+    (Mutant::ApplyBeforeSync.on() || Mutant::ApplyWithoutJournal.on() && role == Role::Backup)
+        // The bytes of such a record are written with its batch: nothing to hurry.
+        && !matches!(record.op, Op::Write { data: WriteData::Segments(..), .. })
 }
 
 /// Moves the pool over one record. Replay goes through here as well.

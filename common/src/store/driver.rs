@@ -1,4 +1,7 @@
-//! The threads of a store: journal writer, applier, checkpointer. They only call take, run and finish.
+//! What drives a store: journal writer, applier, checkpointer, growth. They only call take, run and finish.
+//!
+//! [`Threads`] runs them as threads, each waiting for its work. [`run_tasks`] runs them on the caller's async runtime
+//! without a thread, so that a simulation decides how they interleave and where they are lost.
 
 use std::{
     sync::{
@@ -11,12 +14,15 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex};
+use tokio::time::sleep;
 
 use super::{CheckpointJob, Store};
 use crate::journal::{FilePreparation, Journal};
 
 /// How often an idle thread looks whether it is to end.
 const IDLE: Duration = Duration::from_millis(100);
+/// How often an idle stage of [`run_tasks`] looks for work.
+const POLL: Duration = Duration::from_millis(1);
 
 /// Counters of the stages, for metrics.
 #[derive(Default)]
@@ -27,6 +33,8 @@ pub struct Stats {
     pub batch_micros: AtomicU64,
     /// Records applied.
     pub applied: AtomicU64,
+    /// Records read back from the journal for a sender that has fallen out of the memory tail.
+    pub spilled: AtomicU64,
     /// Checkpoints.
     pub checkpoints: AtomicU64,
     /// Time in them, microseconds.
@@ -35,6 +43,24 @@ pub struct Stats {
     pub on_batch: std::sync::OnceLock<Box<dyn Fn(f64) + Send + Sync>>,
     /// Called with the seconds of each checkpoint.
     pub on_checkpoint: std::sync::OnceLock<Box<dyn Fn(f64) + Send + Sync>>,
+}
+
+impl Stats {
+    fn on_batch_done(&self, spent: Duration) {
+        self.batches.fetch_add(1, Ordering::Relaxed);
+        self.batch_micros.fetch_add(micros(spent), Ordering::Relaxed);
+        if let Some(observe) = self.on_batch.get() {
+            observe(spent.as_secs_f64());
+        }
+    }
+
+    fn on_checkpoint_done(&self, spent: Duration) {
+        self.checkpoints.fetch_add(1, Ordering::Relaxed);
+        self.checkpoint_micros.fetch_add(micros(spent), Ordering::Relaxed);
+        if let Some(observe) = self.on_checkpoint.get() {
+            observe(spent.as_secs_f64());
+        }
+    }
 }
 
 /// What admission asks of the background.
@@ -71,6 +97,10 @@ impl Wants {
     fn take_checkpoint(&self) -> bool {
         self.checkpoint.swap(false, Ordering::AcqRel)
     }
+
+    fn take_growth(&self) -> bool {
+        std::mem::take(&mut *self.growth.lock())
+    }
 }
 
 impl Store {
@@ -98,7 +128,11 @@ impl Store {
         let Some(growth) = self.pool.lock().grow() else { return false };
         let performed = growth.perform();
         if let Err(error) = &performed {
-            tracing::warn!(%error, "the pool cannot grow");
+            if self.io.is_poisoned() {
+                self.fail(format!("growing the pool: {error}"));
+            } else {
+                tracing::warn!(%error, "the pool cannot grow");
+            }
         }
         let gained = self.pool.lock().finish_grow(&growth, &performed);
         self.marks.send_modify(|_| {});
@@ -172,11 +206,7 @@ fn journal(store: &Arc<Store>, stop: &AtomicBool) {
         let result = job.run();
         let spent = start.elapsed();
         store.finish_batch(job, result);
-        store.stats.batches.fetch_add(1, Ordering::Relaxed);
-        store.stats.batch_micros.fetch_add(micros(spent), Ordering::Relaxed);
-        if let Some(observe) = store.stats.on_batch.get() {
-            observe(spent.as_secs_f64());
-        }
+        store.stats.on_batch_done(spent);
     }
 }
 
@@ -197,13 +227,15 @@ fn applier(store: &Arc<Store>, stop: &AtomicBool, checkpoints: &SyncSender<Check
                 store.apply_work.wait_for(&mut front, IDLE);
             }
         }
-        if (store.checkpoint_due() || store.wants.take_checkpoint())
-            && let Some(job) = store.take_checkpoint()
-        {
+        if let Some(job) = due_checkpoint(store) {
             // There is room: one is taken at a time. The receiver is gone only while the store ends.
             let _ = checkpoints.send(job);
         }
     }
+}
+
+fn due_checkpoint(store: &Arc<Store>) -> Option<CheckpointJob> {
+    (store.checkpoint_due() || store.wants.take_checkpoint()).then(|| store.take_checkpoint()).flatten()
 }
 
 fn checkpointer(store: &Arc<Store>, stop: &AtomicBool, jobs: &mpsc::Receiver<CheckpointJob>) {
@@ -217,11 +249,7 @@ fn checkpointer(store: &Arc<Store>, stop: &AtomicBool, jobs: &mpsc::Receiver<Che
                 let result = job.run();
                 let spent = start.elapsed();
                 store.finish_checkpoint(job, result);
-                store.stats.checkpoints.fetch_add(1, Ordering::Relaxed);
-                store.stats.checkpoint_micros.fetch_add(micros(spent), Ordering::Relaxed);
-                if let Some(observe) = store.stats.on_checkpoint.get() {
-                    observe(spent.as_secs_f64());
-                }
+                store.stats.on_checkpoint_done(spent);
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
@@ -251,6 +279,68 @@ fn grower(store: &Arc<Store>, stop: &AtomicBool) {
             store.wants.growth.lock().filling = false;
         }
     }
+}
+
+/// Drives the stages of `store` until it fails or the future is dropped, which may lose what is between two steps.
+/// `pause` is the time from taking a job to running it, and from running it to finishing it; a stage without work looks
+/// again after [`POLL`].
+pub async fn run_tasks(store: &Arc<Store>, pause: impl Fn() -> Duration) {
+    let pause = || sleep(pause());
+    let running = || !store.marks.borrow().failed;
+    let (checkpoints, mut jobs) = tokio::sync::mpsc::channel(1);
+    let journal = async {
+        while running() {
+            let Some(job) = store.take_batch() else {
+                sleep(POLL).await;
+                continue;
+            };
+            pause().await;
+            let start = Instant::now();
+            let result = job.run();
+            store.stats.on_batch_done(start.elapsed());
+            pause().await;
+            store.finish_batch(job, result);
+        }
+    };
+    let applier = async move {
+        while running() {
+            if let Some(mut job) = store.take_apply() {
+                let records = job.records() as u64;
+                pause().await;
+                let result = job.run();
+                pause().await;
+                store.finish_apply(job, result);
+                store.stats.applied.fetch_add(records, Ordering::Relaxed);
+            } else if !store.sweep() {
+                sleep(POLL).await;
+            }
+            // Between two apply jobs, as the thread does.
+            if let Some(job) = due_checkpoint(store) {
+                // There is room: one is taken at a time.
+                let _ = checkpoints.try_send(job);
+            }
+        }
+        drop(checkpoints);
+    };
+    let checkpointer = async {
+        while let Some(job) = jobs.recv().await {
+            pause().await;
+            let start = Instant::now();
+            let result = job.run();
+            store.stats.on_checkpoint_done(start.elapsed());
+            pause().await;
+            store.finish_checkpoint(job, result);
+        }
+    };
+    let grower = async {
+        while running() {
+            if store.wants.take_growth() {
+                store.grow();
+            }
+            sleep(POLL).await;
+        }
+    };
+    tokio::join!(journal, applier, checkpointer, grower);
 }
 
 fn micros(time: Duration) -> u64 {

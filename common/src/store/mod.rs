@@ -436,6 +436,7 @@ impl Store {
             })?;
             entries.push(Arc::new(Entry { lsn, record, place: false }));
         }
+        self.stats.spilled.fetch_add(entries.len() as u64, std::sync::atomic::Ordering::Relaxed);
         let next = entries.last().map_or(from, |e| e.lsn.next());
         *spill = Some(Spill { next, reader });
         Ok(entries)

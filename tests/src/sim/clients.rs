@@ -1,0 +1,254 @@
+//! Clients of the primary: writes, reads, retries, changes of the catalogue, and when they are acknowledged.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use rand::{Rng, seq::IndexedRandom};
+use understudy_common::{
+    record::{ClientSequence, Control, block_crcs},
+    store::{Change, ReadFailure, Store, SubmitError},
+    types::{AckRule, AwayRule, BlockSize, GroupId, Lsn, VolumeId, VolumeSpec},
+};
+
+use super::{
+    BLOCK, BLOCKS_PER_SEGMENT, Outcome, SEGMENT, World, broken,
+    model::{Event, Stamp, What},
+};
+
+fn change(stamp: Stamp, count: u64, block_size: BlockSize) -> Change {
+    if stamp.0 == 0 {
+        return Change::Zero { count };
+    }
+    let data: Bytes = stamp.fill().repeat(usize::try_from(count).expect("small")).into();
+    let crcs = block_crcs(&data, block_size);
+    Change::Write { data, crcs }
+}
+
+impl World {
+    pub(super) fn client_write(&mut self) -> Outcome {
+        let volumes: Vec<VolumeSpec> = self.model.live().into_values().collect();
+        let Some(spec) = volumes.choose(&mut self.rng).cloned() else { return Ok(()) };
+        let blocks = spec.block_count();
+        let large = self.faults.large_writes && self.rng.random_bool(0.15);
+        let (first, count) = if large {
+            (self.rng.random_range(0..blocks / BLOCKS_PER_SEGMENT) * BLOCKS_PER_SEGMENT, BLOCKS_PER_SEGMENT)
+        } else {
+            // A few hot blocks, so that versions pile up.
+            let first =
+                if self.rng.random_bool(0.7) { self.rng.random_range(0..12) } else { self.rng.random_range(0..blocks) };
+            (first, self.rng.random_range(1..=4).min(blocks - first))
+        };
+        let zero = !large && self.rng.random_bool(0.1);
+        let client = self.rng.random_bool(0.6).then(|| {
+            let client = if self.rng.random() { "c0" } else { "c1" };
+            ClientSequence { client: client.into(), sequence: self.model.next_sequence(client) }
+        });
+        let stamp = if zero { Stamp(0) } else { self.model.next_stamp() };
+        let accepted = self.submit(&spec, first, count, stamp, client.clone())?;
+        if large && accepted {
+            self.summary.count("written by reference", 1);
+        }
+        if accepted && client.is_some() && self.rng.random_bool(0.1) {
+            // Another write comes in between; the retry must not bring the old bytes back.
+            let over = self.model.next_stamp();
+            self.submit(&spec, first, 1, over, None)?;
+            self.repeat(self.model.history.iter().rposition(|e| e.client == client).expect("just submitted"))?;
+        }
+        Ok(())
+    }
+
+    /// True if it was accepted.
+    fn submit(
+        &mut self,
+        spec: &VolumeSpec,
+        first: u64,
+        count: u64,
+        stamp: Stamp,
+        client: Option<ClientSequence>,
+    ) -> Result<bool, super::Violation> {
+        let store = Arc::clone(self.primary.store());
+        let submitted =
+            store.submit(spec.id, first, change(stamp, count, spec.block_size), client.clone(), self.time);
+        match submitted {
+            Ok(submitted) if submitted.duplicate => {
+                Err(broken(format!("the fresh sequence {client:?} was taken for a duplicate")))
+            }
+            Ok(submitted) => {
+                let what = What::Write { first, count, stamp };
+                self.remember(submitted.lsn, spec, what, spec.ack, client);
+                Ok(true)
+            }
+            Err(error) => self.refused(&store, &error).map(|()| false),
+        }
+    }
+
+    fn remember(&mut self, lsn: Lsn, spec: &VolumeSpec, what: What, rule: AckRule, client: Option<ClientSequence>) {
+        let (group, volume, boot) = (spec.group, spec.id, self.model.boot);
+        self.model.history.push(Event { lsn, group, volume, what, rule, client, acked: None, boot });
+    }
+
+    /// What may be refused, and what the service would ask of the background then.
+    fn refused(&mut self, store: &Store, error: &SubmitError) -> Outcome {
+        match error {
+            SubmitError::StagingFull { .. } | SubmitError::Space(_) => {
+                store.request_checkpoint();
+                Ok(())
+            }
+            SubmitError::Failed(_) => Ok(()),
+            error => Err(broken(format!("a change was refused: {error}"))),
+        }
+    }
+
+    /// A client that has heard nothing repeats its newest request.
+    pub(super) fn client_retry(&mut self) -> Outcome {
+        match self.model.history.iter().rposition(|e| e.client.is_some()) {
+            Some(at) => self.repeat(at),
+            None => Ok(()),
+        }
+    }
+
+    /// After a crash: any request that is in the journal, as old as it may be.
+    pub(super) fn client_retry_any(&mut self) -> Outcome {
+        let known: Vec<usize> = (0..self.model.history.len()).filter(|i| self.model.history[*i].client.is_some()).collect();
+        let Some(at) = known.choose(&mut self.rng) else { return Ok(()) };
+        self.repeat(*at)?;
+        self.summary.count("duplicates answered after a crash", 1);
+        Ok(())
+    }
+
+    /// Sends a request again that the primary has: it must be answered and have no effect. What is in its place by now
+    /// stays, which the images show.
+    fn repeat(&mut self, at: usize) -> Outcome {
+        let event = self.model.history[at].clone();
+        let (What::Write { first, count, stamp }, Some(spec)) = (event.what, self.model.live().remove(&event.volume))
+        else {
+            return Ok(());
+        };
+        let store = Arc::clone(self.primary.store());
+        let again = change(stamp, count, spec.block_size);
+        match store.submit(spec.id, first, again, event.client, self.time) {
+            Ok(submitted) => {
+                // Written again, it is not in the history, and the next comparison of images finds it.
+                self.summary.count("duplicates answered", u64::from(submitted.duplicate));
+                Ok(())
+            }
+            Err(error) => self.refused(&store, &error),
+        }
+    }
+
+    pub(super) fn client_read(&mut self) -> Outcome {
+        let store = Arc::clone(self.primary.store());
+        let volumes: Vec<VolumeSpec> = self.model.live().into_values().collect();
+        let Some(spec) = volumes.choose(&mut self.rng) else { return Ok(()) };
+        let first = self.rng.random_range(0..16);
+        let read = match store.read(spec.id, first, 4) {
+            Ok(read) => read,
+            Err(ReadFailure::Failed(_)) => return Ok(()),
+            Err(error) => return Err(broken(format!("a read failed: {error}"))),
+        };
+        for (block, bytes) in (first..).zip(read.data.chunks_exact(BLOCK)) {
+            let expected = self.model.newest(spec.id, block);
+            let found = Stamp::of(bytes);
+            if found != Some(expected) {
+                return Err(broken(format!(
+                    "a read of volume {} block {block} gave {found:?}, the newest write is {expected:?}",
+                    spec.id
+                )));
+            }
+        }
+        // It must wait for what it saw and nobody has been told of yet.
+        let durable = store.marks().borrow().durable;
+        for event in self.model.history.iter().filter(|e| (first..first + 4).any(|b| e.touches(spec.id, b).is_some())) {
+            let waits_here = event.lsn <= durable || read.seen >= event.lsn;
+            let on_backup = store.retained_of(event.group).holds(event.lsn);
+            if !waits_here || event.rule == AckRule::Both && !on_backup && read.seen_both < event.lsn {
+                return Err(broken(format!("a read saw write {} and does not wait for it", event.lsn)));
+            }
+        }
+        Ok(())
+    }
+
+    // --- catalogue
+
+    pub(super) fn change_catalogue(&mut self) -> Outcome {
+        let live: Vec<VolumeSpec> = self.model.live().into_values().collect();
+        match self.rng.random_range(0..3) {
+            0 if live.len() < 5 => self.create_volume(),
+            1 if live.len() > 1 => {
+                let spec = live.choose(&mut self.rng).expect("two or more").clone();
+                self.control(&spec, Control::DeleteVolume { volume: spec.id }, What::Delete, "volumes deleted")
+            }
+            _ => {
+                let Some(spec) = live.choose(&mut self.rng).cloned() else { return Ok(()) };
+                let blocks = (spec.block_count() + self.rng.random_range(1..200)).min(2048);
+                let control = Control::ResizeVolume { volume: spec.id, size_bytes: blocks * BLOCK as u64 };
+                self.control(&spec, control, What::Grow { blocks }, "volumes grown")
+            }
+        }
+    }
+
+    pub(super) fn create_volume(&mut self) -> Outcome {
+        let live = self.model.live();
+        let (last_volume, last_group) = self.primary.store().with_state(|s| (s.last_volume, s.last_group));
+        let groups: Vec<GroupId> = live.values().map(|spec| spec.group).collect();
+        let joined = if self.rng.random() { groups.choose(&mut self.rng).copied() } else { None };
+        let group = joined.unwrap_or(GroupId(last_group.0 + 1));
+        let id = VolumeId(last_volume.0 + 1);
+        let spec = VolumeSpec {
+            id,
+            name: format!("v{id}"),
+            group,
+            group_name: format!("g{group}"),
+            size_bytes: self.rng.random_range(300..1100) * BLOCK as u64,
+            block_size: BlockSize::new(512).expect("512"),
+            segment_bytes: SEGMENT,
+            ack: *[AckRule::Staged, AckRule::Both, AckRule::Primary].choose(&mut self.rng).expect("three"),
+            away: AwayRule::Degrade,
+        };
+        self.control(&spec, Control::CreateVolume { spec: spec.clone() }, What::Create(spec.clone()), "volumes created")
+    }
+
+    fn control(&mut self, spec: &VolumeSpec, control: Control, what: What, counted: &'static str) -> Outcome {
+        let store = Arc::clone(self.primary.store());
+        match store.submit_control(spec.group, control, self.time) {
+            Ok(submitted) => {
+                self.summary.count(counted, 1);
+                self.remember(submitted.lsn, spec, what, AckRule::Staged, None);
+                Ok(())
+            }
+            Err(error) => self.refused(&store, &error),
+        }
+    }
+
+    // --- acknowledgements
+
+    /// Acknowledges what the rules allow, and remembers it.
+    pub(super) fn acknowledge(&mut self) -> Outcome {
+        let store = Arc::clone(self.primary.store());
+        let marks = *store.marks().borrow();
+        if marks.failed {
+            return Ok(());
+        }
+        let retained = store.retained();
+        let boot = self.model.boot;
+        let (mut local, mut both, mut placed) = (0, 0, 0);
+        for event in self.model.history.iter_mut().rev().take(256) {
+            if event.acked.is_some() || event.lsn > marks.durable {
+                continue;
+            }
+            let on_backup = retained.group(event.group).acked >= event.lsn;
+            match event.rule {
+                AckRule::Staged => local += 1,
+                AckRule::Both if on_backup => both += 1,
+                // Who asked before a crash has got no answer.
+                AckRule::Primary if event.boot == boot && marks.placed >= event.lsn => placed += 1,
+                _ => continue,
+            }
+            event.acked = Some(on_backup);
+        }
+        self.summary.count("acked local", local);
+        self.summary.count("acked both", both);
+        self.summary.count("acked placed", placed);
+        Ok(())
+    }
+}

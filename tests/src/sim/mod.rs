@@ -1,0 +1,413 @@
+//! Deterministic simulation of a pair: both stores on simulated disks, the sender and the receiver, and a network that
+//! delays, loses, delivers late frames of old sessions, and cuts. One seed decides everything.
+//!
+//! Each stage of a store is three steps (take, run, finish); the simulation interleaves them freely and crashes a node
+//! before, inside or after any of them. After each acknowledgement, recovery and quiet phase an oracle checks the
+//! promises of `ARCHITECTURE.md` against the history of all writes ([`model`]):
+//!
+//! - P1: an acknowledged write is there after any recovery (I1, I2), and on both sides if it was acknowledged as both.
+//! - P4: the image of each group on the backup is one the primary once had, at the position the backup names (I3).
+//! - P5: when faults end, both images are equal to the history (I5).
+//! - P10: a read sees every acknowledged write, and nothing that is not in the history (I10).
+//! - P11: a repeated client sequence has no second effect (I12).
+//! - After a failed sync a node refuses work (I14). Damage in the middle of a journal is refused (I15).
+//! - The image of the last checkpoint stays readable until the next one: nothing that it refers to is reused.
+
+mod clients;
+mod link;
+mod model;
+mod node;
+mod oracle;
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+};
+
+use rand::{Rng, SeedableRng};
+use rand_pcg::Pcg64Mcg;
+use understudy_backup::receiver::Receiver;
+use understudy_common::{
+    store::{ImageReader, Role},
+    types::{Lsn, VolumeId},
+};
+use understudy_primary::sender::{Sender, Welcome};
+
+use link::Wire;
+use model::Model;
+use node::{Node, Reopening};
+
+/// Block size of the simulated volumes.
+const BLOCK: usize = 512;
+const SEGMENT: u32 = 64 * 1024;
+const BLOCKS_PER_SEGMENT: u64 = SEGMENT as u64 / BLOCK as u64;
+
+/// A promise that was broken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation(pub String);
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+type Outcome = Result<(), Violation>;
+
+fn broken(what: impl Into<String>) -> Violation {
+    Violation(what.into())
+}
+
+/// What a run was made of; decided by the seed ("swarm": each run has some faults and not others).
+#[derive(Debug, Clone)]
+struct Faults {
+    primary_crashes: bool,
+    backup_crashes: bool,
+    cuts: bool,
+    lost_frames: bool,
+    late_frames: bool,
+    power_loss: bool,
+    failed_syncs: bool,
+    large_writes: bool,
+    catalogue: bool,
+    readers: bool,
+}
+
+/// How often something happened in a run, or in many.
+pub type Counts = BTreeMap<&'static str, u64>;
+
+/// Paths that a large number of seeds must have reached.
+pub const PATHS: &[&str] = &[
+    "acked local",
+    "acked both",
+    "acked placed",
+    "written by reference",
+    "crashes",
+    "crashes in recovery",
+    "torn tails dropped",
+    "checkpoints",
+    "checkpoints after a recovery's crash",
+    "sessions",
+    "spilled records",
+    "refused groups",
+    "busy answers",
+    "lost frames noticed",
+    "late frames",
+    "duplicates answered",
+    "duplicates answered after a crash",
+    "failed syncs",
+    "growths",
+    "volumes created",
+    "volumes grown",
+    "volumes deleted",
+    "images read on the backup",
+    "reads held open",
+    "damaged journals refused",
+    "backups given space",
+];
+
+/// How a run ended, for the test's summary and for comparing two runs of one seed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Summary {
+    /// See [`PATHS`].
+    pub counts: Counts,
+    /// Hash of everything that happened, in order.
+    pub trace: u64,
+}
+
+impl Summary {
+    fn count(&mut self, what: &'static str, n: u64) {
+        debug_assert!(PATHS.contains(&what), "{what}");
+        *self.counts.entry(what).or_default() += n;
+    }
+}
+
+struct World {
+    rng: Pcg64Mcg,
+    faults: Faults,
+    primary: Node,
+    backup: Node,
+    sender: Option<Sender>,
+    receiver: Option<Receiver>,
+    wires: Vec<Wire>,
+    /// An attach the backup has accepted and not answered: it drains first.
+    attaching: Option<(Welcome, Lsn)>,
+    link: bool,
+    model: Model,
+    /// An image of a volume on the backup, and when it is to be compared.
+    image: Option<(ImageReader, VolumeId, u32)>,
+    now: u32,
+    time: i64,
+    summary: Summary,
+}
+
+/// Runs one seed.
+///
+/// # Errors
+/// The first promise that was broken.
+pub fn run(seed: u64, steps: u32) -> Result<Summary, Violation> {
+    let mut rng = Pcg64Mcg::seed_from_u64(seed);
+    let faults = Faults {
+        primary_crashes: rng.random_bool(0.7),
+        backup_crashes: rng.random_bool(0.6),
+        cuts: rng.random_bool(0.6),
+        lost_frames: rng.random_bool(0.3),
+        late_frames: rng.random_bool(0.5),
+        power_loss: rng.random_bool(0.8),
+        failed_syncs: rng.random_bool(0.3),
+        large_writes: rng.random_bool(0.5),
+        catalogue: rng.random_bool(0.5),
+        readers: rng.random_bool(0.5),
+    };
+    let primary = Node::new(Role::Primary, &mut rng, &faults);
+    let backup = Node::new(Role::Backup, &mut rng, &faults);
+    let mut world = World {
+        rng,
+        faults,
+        primary,
+        backup,
+        sender: None,
+        receiver: None,
+        wires: Vec::new(),
+        attaching: None,
+        link: true,
+        model: Model::default(),
+        image: None,
+        now: 0,
+        time: 1,
+        summary: Summary::default(),
+    };
+    world.start_primary()?;
+    world.start_backup()?;
+    for _ in 0..3 {
+        world.create_volume()?;
+    }
+    for now in 0..steps {
+        world.now = now;
+        world.step()?;
+    }
+    world.settle()?;
+    Ok(world.summary)
+}
+
+impl World {
+    fn note(&mut self, what: u64) {
+        self.summary.trace = (self.summary.trace ^ what).wrapping_mul(0x100_0000_01b3).rotate_left(5);
+    }
+
+    fn step(&mut self) -> Outcome {
+        self.time += i64::from(self.rng.random_range(0..20u8));
+        let choice = self.rng.random_range(0..1000u32);
+        self.note(u64::from(choice));
+        match choice {
+            0..240 => self.client_write()?,
+            240..270 => self.client_read()?,
+            270..275 => self.client_retry()?,
+            275..290 if self.faults.catalogue => self.change_catalogue()?,
+            290..500 => self.turn_primary()?,
+            500..680 => self.turn_backup()?,
+            680..920 => self.turn_link()?,
+            920..940 if self.faults.cuts => self.cut(),
+            940..950 if self.faults.primary_crashes => self.crash_primary(None)?,
+            950..960 if self.faults.backup_crashes => self.crash_backup(None)?,
+            960..980 => self.link = true,
+            980..984 if self.faults.failed_syncs => {
+                let nth = self.rng.random_range(1..6);
+                if self.rng.random() { self.primary.plan_failed_sync(nth) } else { self.backup.plan_failed_sync(nth) }
+            }
+            984..988 if self.faults.readers => self.open_image()?,
+            988..994 if self.faults.readers => {
+                let until = self.now + self.rng.random_range(5..150);
+                let node = if self.rng.random() { &mut self.primary } else { &mut self.backup };
+                node.hold_read(&self.model, until)?;
+            }
+            994..996 => self.primary.check_base_image(&self.model)?,
+            996..998 => self.backup.check_base_image(&self.model)?,
+            _ => {}
+        }
+        for node in [&mut self.primary, &mut self.backup] {
+            if node.end_read(self.now, &self.model)? {
+                self.summary.count("reads held open", 1);
+            }
+        }
+        if self.image.as_ref().is_some_and(|(_, _, until)| self.now >= *until) {
+            self.compare_image()?;
+        }
+        self.acknowledge()
+    }
+
+    // --- stages
+
+    fn turn_primary(&mut self) -> Outcome {
+        self.primary.turn(&mut self.rng, &mut self.summary);
+        if self.primary.check_failure()? {
+            self.summary.count("failed syncs", 1);
+            self.crash_primary(Some(true))?;
+        }
+        Ok(())
+    }
+
+    fn turn_backup(&mut self) -> Outcome {
+        self.backup.turn(&mut self.rng, &mut self.summary);
+        if self.backup.check_failure()? {
+            self.summary.count("failed syncs", 1);
+            return self.crash_backup(Some(true));
+        }
+        if self.rng.random_bool(0.02) {
+            self.check_backup_image()?;
+        }
+        Ok(())
+    }
+
+    // --- starts and crashes
+
+    fn start_primary(&mut self) -> Outcome {
+        let recovery = self.primary.open(&mut self.rng)?;
+        self.summary.count("torn tails dropped", u64::from(recovery.dropped_bytes > 0));
+        self.sender = Some(Sender::new(Arc::clone(self.primary.store()), 16 * 1024));
+        let next = self.primary.store().next_lsn();
+        self.note(next.0);
+        self.model.on_primary_started(next)?;
+        self.check_primary_image()
+    }
+
+    fn start_backup(&mut self) -> Outcome {
+        let recovery = self.backup.open(&mut self.rng)?;
+        self.summary.count("torn tails dropped", u64::from(recovery.dropped_bytes > 0));
+        self.receiver = Some(Receiver::new(Arc::clone(self.backup.store())));
+        self.note(self.backup.store().next_lsn().0);
+        self.check_backup_image()
+    }
+
+    /// `power`: whether what was not synced is lost; by the seed if `None`.
+    fn crash_primary(&mut self, power: Option<bool>) -> Outcome {
+        let power = power.unwrap_or(self.faults.power_loss);
+        self.summary.count("crashes", 1);
+        self.cut();
+        self.sender = None;
+        self.primary.crash_inside(&mut self.rng, power);
+        self.primary.crash_in_recovery(&mut self.rng, power, &mut self.summary);
+        self.start_primary()?;
+        self.link = true;
+        if self.rng.random_bool(0.3) { self.client_retry_any() } else { Ok(()) }
+    }
+
+    fn crash_backup(&mut self, power: Option<bool>) -> Outcome {
+        let power = power.unwrap_or(self.faults.power_loss);
+        self.summary.count("crashes", 1);
+        self.cut();
+        self.receiver = None;
+        self.image = None;
+        self.backup.crash_inside(&mut self.rng, power);
+        self.backup.crash_in_recovery(&mut self.rng, power, &mut self.summary);
+        self.start_backup()?;
+        self.link = true;
+        Ok(())
+    }
+
+    // --- the end
+
+    /// Faults end; the pair must come to rest with equal images.
+    fn settle(&mut self) -> Outcome {
+        self.faults.lost_frames = false;
+        self.primary.clear_faults();
+        self.backup.clear_faults();
+        self.image = None;
+        for node in [&mut self.primary, &mut self.backup] {
+            node.end_read(u32::MAX, &self.model)?;
+        }
+        self.faults.late_frames = false;
+        self.cut();
+        self.link = true;
+        for round in 0..60_000 {
+            if self.is_quiet() {
+                break;
+            }
+            if round % 1_500 == 1_499 {
+                self.give_space()?;
+            }
+            self.turn_primary()?;
+            self.turn_backup()?;
+            self.turn_link()?;
+        }
+        self.acknowledge()?;
+        if !self.is_quiet() {
+            let retained = self.primary.store().retained();
+            let held = self.sender.as_ref().map(Sender::held);
+            return Err(broken(format!("the pair does not come to rest: {retained:?}, held {held:?}")));
+        }
+        self.check_at_rest()?;
+        if self.rng.random_bool(0.3) {
+            self.check_damaged_journal()?;
+        }
+        let trace = self.model.fold(self.summary.trace);
+        self.summary.trace = trace;
+        Ok(())
+    }
+
+    /// The backup's pool is full for good: somebody gives it space, and the groups it refused must catch up.
+    fn give_space(&mut self) -> Outcome {
+        if self.backup.config.pool.devices[0].size_bytes.is_some() {
+            return Ok(());
+        }
+        self.summary.count("backups given space", 1);
+        self.cut();
+        self.receiver = None;
+        self.backup.reopen_with(&mut self.rng, Reopening::MoreSpace);
+        self.start_backup()?;
+        self.link = true;
+        Ok(())
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.primary.is_settled() && self.backup.is_settled() && self.primary.store().retained().oldest().is_none()
+    }
+}
+
+/// Runs `seeds` seeds from `first` on, on two threads; the first violation names its seed.
+///
+/// # Errors
+/// The lowest seed that broke a promise, and which.
+///
+/// # Panics
+/// If a thread does.
+pub fn run_many(first: u64, seeds: u64, steps: u32) -> Result<Counts, (u64, Violation)> {
+    const THREADS: u64 = 2;
+    let lowest = AtomicU64::new(u64::MAX);
+    let part = |thread: u64| {
+        let mut totals = Counts::new();
+        for seed in (first + thread..first + seeds).step_by(usize::try_from(THREADS).expect("two")) {
+            if seed > lowest.load(Ordering::Relaxed) {
+                break;
+            }
+            let summary = run(seed, steps).map_err(|violation| {
+                lowest.fetch_min(seed, Ordering::Relaxed);
+                (seed, violation)
+            })?;
+            for (name, value) in summary.counts {
+                *totals.entry(name).or_default() += value;
+            }
+        }
+        Ok(totals)
+    };
+    let part = &part;
+    let parts: Vec<Result<Counts, (u64, Violation)>> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS).map(|n| scope.spawn(move || part(n))).collect();
+        threads.into_iter().map(|t| t.join().expect("a simulation does not panic")).collect()
+    });
+    let mut totals = Counts::new();
+    let mut failed = None;
+    for part in parts {
+        match part {
+            Ok(counts) => counts.into_iter().for_each(|(name, value)| *totals.entry(name).or_default() += value),
+            Err((seed, why)) if failed.as_ref().is_none_or(|(lowest, _)| seed < *lowest) => failed = Some((seed, why)),
+            Err(_) => {}
+        }
+    }
+    failed.map_or(Ok(totals), Err)
+}
