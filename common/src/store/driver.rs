@@ -99,7 +99,7 @@ impl Wants {
     }
 
     fn take_growth(&self) -> bool {
-        std::mem::take(&mut *self.growth.lock())
+        std::mem::take(&mut self.growth.lock().grow)
     }
 }
 
