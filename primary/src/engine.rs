@@ -206,12 +206,15 @@ impl Engine {
     fn ask_for_room(&self, error: &SubmitError) -> bool {
         let may_come = match error {
             SubmitError::StagingFull { .. } => true,
-            SubmitError::Space(space) => space.quarantined > 0 || space.can_grow > 0 || space.reserved > 0,
+            SubmitError::Space(space) => {
+                // Only here: whoever waits is woken by growth, and would make the pool grow on for another lack.
+                self.inner.store.request_growth();
+                space.quarantined > 0 || space.can_grow > 0 || space.reserved > 0
+            }
             _ => false,
         };
         if may_come {
             self.inner.store.request_checkpoint();
-            self.inner.store.request_growth();
         }
         may_come
     }
