@@ -338,10 +338,8 @@ impl ReplicaNode for Node {
                         self.inner.progress.notify_waiters();
                         return Ok(());
                     }
-                    Err(FrameRefusal::Busy(_)) => {
-                        store.request_checkpoint();
-                        store.request_growth();
-                    }
+                    // It has asked for what it lacks.
+                    Err(FrameRefusal::Busy(_)) => {}
                     Err(FrameRefusal::OldSession(session)) => return Err(NodeError::OldSession { session }),
                     Err(FrameRefusal::Store(error)) => return Err(NodeError::Storage { message: error.to_string() }),
                     Err(error) => return Err(NodeError::Frame { why: error.to_string() }),

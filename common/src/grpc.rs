@@ -48,7 +48,12 @@ const CODES: [&str; 17] = [
 const OK: usize = 0;
 const CANCELLED: usize = 1;
 const DEADLINE_EXCEEDED: usize = 4;
+const UNIMPLEMENTED: usize = 12;
 const UNAVAILABLE: usize = 14;
+
+/// Percent-encoded, as the header wants it, which changes nothing here.
+const NOT_SERVED: &str = "this listener does not serve the method; clients are served by the primary, the replication \
+                          stream and reads of the copy by the backup";
 
 /// A method that is served.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -255,8 +260,13 @@ where
         let this = self.project();
         if let Poll::Ready(result) = this.inner.poll(context) {
             let mut call = this.call.take().expect("not polled again after it was ready");
-            let response = result?;
+            let mut response = result?;
             call.ended(response.headers());
+            // The routers refuse what they do not know without a word.
+            if call.code == Some(UNIMPLEMENTED) {
+                let message = response.headers_mut().entry("grpc-message");
+                message.or_insert(HeaderValue::from_static(NOT_SERVED));
+            }
             let body = |inner| GrpcBody { inner: Some(inner), expiry: this.expiry.take(), call: Some(call) };
             return Poll::Ready(Ok(response.map(body)));
         }

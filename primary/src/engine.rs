@@ -37,6 +37,8 @@ const VOLUME_BYTES_MAX: u64 = 1 << 60;
 #[derive(Debug)]
 pub struct Permit {
     _bytes: OwnedSemaphorePermit,
+    /// When it was asked for: what the request waits for later counts from here.
+    asked: Instant,
 }
 
 /// A write that has its LSN.
@@ -44,8 +46,8 @@ pub struct Permit {
 pub struct Ticket {
     submitted: Submitted,
     rule: AckRule,
-    /// When it got its LSN.
-    pub(crate) since: Instant,
+    /// When the request came.
+    asked: Instant,
     _permit: Option<Permit>,
 }
 
@@ -56,9 +58,9 @@ pub struct Limits {
     pub message_bytes: u64,
     /// Payload of all requests that are not answered.
     pub in_flight_bytes: u64,
-    /// How long a request waits for room.
+    /// How long a request waits for room, and for a backup that it cannot do without.
     pub queue_wait: Duration,
-    /// How long a write waits for its acknowledgement.
+    /// How long after a write was asked for its outcome is reported as unknown.
     pub deadline: Duration,
     /// Reads stay on the calling thread: for simulated disks.
     pub inline_reads: bool,
@@ -141,9 +143,10 @@ impl Engine {
         if self.is_draining() {
             return Err(EngineError::Draining);
         }
+        let asked = Instant::now();
         let weight = u32::try_from(bytes.max(512)).expect("a message is below 4 GiB");
         if let Ok(permit) = Arc::clone(&self.inner.permits).try_acquire_many_owned(weight) {
-            return Ok(Permit { _bytes: permit });
+            return Ok(Permit { _bytes: permit, asked });
         }
         let waiting = Arc::clone(&self.inner.permits).acquire_many_owned(weight);
         let permit = timeout(limits.queue_wait, waiting).await.map_err(|_| EngineError::Busy {
@@ -151,7 +154,7 @@ impl Engine {
             in_flight_bytes: limits.in_flight_bytes - self.inner.permits.available_permits() as u64,
             waited_ms: millis(limits.queue_wait),
         })?;
-        Ok(Permit { _bytes: permit.expect("the semaphore is never closed") })
+        Ok(Permit { _bytes: permit.expect("the semaphore is never closed"), asked })
     }
 
     /// Gives a request its LSN. Calls one behind the other take effect in that order.
@@ -173,9 +176,8 @@ impl Engine {
             }
         }
         if spec.ack == AckRule::Both && spec.away == AwayRule::Block {
-            self.wait_attached(&spec).await?;
+            self.wait_attached(&spec, permit.asked).await?;
         }
-        let start = Instant::now();
         let submitted = loop {
             let mut marks = self.inner.marks.clone();
             marks.mark_unchanged();
@@ -187,7 +189,7 @@ impl Engine {
                     Err(ModifyError::Read(error)) => return Err(of_read(error, &spec)),
                     Err(ModifyError::Submit(error)) => {
                         let room_may_come = self.ask_for_room(&error);
-                        let refused = of_submit(error, &spec, request.client.as_ref(), start.elapsed());
+                        let refused = of_submit(error, &spec, request.client.as_ref(), permit.asked.elapsed());
                         if !room_may_come {
                             return Err(refused);
                         }
@@ -195,21 +197,24 @@ impl Engine {
                     }
                 }
             };
-            self.wait_room(&mut marks, start, refused).await?;
+            self.wait_room(&mut marks, permit.asked, refused).await?;
         };
-        Ok(Ticket { submitted, rule: spec.ack, since: Instant::now(), _permit: Some(permit) })
+        Ok(Ticket { submitted, rule: spec.ack, asked: permit.asked, _permit: Some(permit) })
     }
 
     /// True if a record that was refused may find room later, for which the background has been asked.
     fn ask_for_room(&self, error: &SubmitError) -> bool {
         let may_come = match error {
             SubmitError::StagingFull { .. } => true,
-            SubmitError::Space(space) => space.quarantined > 0 || space.can_grow > 0 || space.reserved > 0,
+            SubmitError::Space(space) => {
+                // Only here: whoever waits is woken by growth, and would make the pool grow on for another lack.
+                self.inner.store.request_growth();
+                space.quarantined > 0 || space.can_grow > 0 || space.reserved > 0
+            }
             _ => false,
         };
         if may_come {
             self.inner.store.request_checkpoint();
-            self.inner.store.request_growth();
         }
         may_come
     }
@@ -222,9 +227,10 @@ impl Engine {
         }
     }
 
-    async fn wait_attached(&self, spec: &VolumeSpec) -> Result<(), EngineError> {
+    async fn wait_attached(&self, spec: &VolumeSpec, asked: Instant) -> Result<(), EngineError> {
         let mut attached = self.inner.attached.subscribe();
-        if matches!(timeout(self.inner.limits.queue_wait, attached.wait_for(Result::is_ok)).await, Ok(Ok(_))) {
+        if matches!(timeout_at(asked + self.inner.limits.queue_wait, attached.wait_for(Result::is_ok)).await, Ok(Ok(_)))
+        {
             return Ok(());
         }
         let link = self.inner.attached.borrow().clone().err().unwrap_or_default();
@@ -235,13 +241,13 @@ impl Engine {
     async fn wait_room(
         &self,
         marks: &mut watch::Receiver<Marks>,
-        start: Instant,
+        asked: Instant,
         refused: EngineError,
     ) -> Result<(), EngineError> {
         if self.is_draining() {
             return Err(EngineError::Draining);
         }
-        match timeout_at(start + self.inner.limits.queue_wait, marks.changed()).await {
+        match timeout_at(asked + self.inner.limits.queue_wait, marks.changed()).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) | Err(_) => Err(refused),
         }
@@ -337,7 +343,7 @@ impl Engine {
             if let Some(result) = self.poll_settled(&ticket) {
                 return result;
             }
-            if timeout_at(ticket.since + self.inner.limits.deadline, marks.changed()).await.is_err() {
+            if timeout_at(ticket.asked + self.inner.limits.deadline, marks.changed()).await.is_err() {
                 let waited_ms = millis(self.inner.limits.deadline);
                 return Err(EngineError::Unconfirmed { lsn: ticket.submitted.lsn.0, waited_ms });
             }
@@ -441,7 +447,7 @@ impl Engine {
     }
 
     async fn settle(&self, submitted: Submitted, rule: AckRule) -> Result<WriteAck, EngineError> {
-        self.wait(Ticket { submitted, rule, since: Instant::now(), _permit: None }).await
+        self.wait(Ticket { submitted, rule, asked: Instant::now(), _permit: None }).await
     }
 
     /// Returns when everything submitted to the volume's group before is durable by its rule.

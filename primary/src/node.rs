@@ -106,11 +106,13 @@ pub async fn open(config: PrimaryConfig, metrics: Metrics) -> Result<Node, Failu
         seconds = recovery_time.as_secs_f64(),
         "recovered"
     );
+    // Before the call itself is ended with DEADLINE_EXCEEDED, so that the client hears what became of its write.
+    let deadline = config.limits.request_deadline - config.limits.request_deadline / 8;
     let limits = Limits {
         message_bytes: config.limits.message_bytes as u64,
         in_flight_bytes: config.limits.in_flight_bytes,
-        queue_wait: config.limits.queue_wait,
-        deadline: config.limits.request_deadline,
+        queue_wait: config.limits.queue_wait.min(deadline),
+        deadline,
         inline_reads: false,
     };
     let peer = config.backup.url.unwrap_or_default();
@@ -272,11 +274,6 @@ impl Node {
             [("volume", spec.name.clone()), ("id", spec.id.to_string()), ("size_bytes", spec.size_bytes.to_string())];
         self.inner.events.record(unix_ms(), kind, format!("volume {}", spec.name), fields);
     }
-
-    fn count_ack(&self, since: tokio::time::Instant) {
-        self.inner.metrics.writes.inc();
-        self.inner.metrics.write_ack_seconds.with_label_values(&["continuous"]).observe(since.elapsed().as_secs_f64());
-    }
 }
 
 async fn measure_rates(inner: std::sync::Weak<Inner>, stop: CancellationToken) {
@@ -292,7 +289,6 @@ async fn measure_rates(inner: std::sync::Weak<Inner>, stop: CancellationToken) {
                 Rates { usage: per_second(submitted, submitted_before), flush: per_second(released, released_before) };
             *inner.rates.lock() = rates;
         }
-        inner.metrics.write_bytes.inc_by(submitted - before.map_or(0, |(submitted, _)| submitted));
         before = Some((submitted, released));
     }
 }
@@ -320,18 +316,11 @@ impl BlockEngine for Node {
     }
 
     async fn wait(&self, ticket: Ticket) -> Result<WriteAck, EngineError> {
-        let since = ticket.since;
-        let ack = self.inner.engine.wait(ticket).await?;
-        self.count_ack(since);
-        Ok(ack)
+        self.inner.engine.wait(ticket).await
     }
 
     fn poll_settled(&self, ticket: &Ticket) -> Option<Result<WriteAck, EngineError>> {
-        let settled = self.inner.engine.poll_settled(ticket);
-        if let Some(Ok(_)) = &settled {
-            self.count_ack(ticket.since);
-        }
-        settled
+        self.inner.engine.poll_settled(ticket)
     }
 
     async fn read(

@@ -2,6 +2,7 @@
 //!
 //! Every wait is a polling loop with a deadline; a wait that fails says what the service logged last.
 
+pub mod alone;
 pub mod load;
 pub mod pair;
 
@@ -170,6 +171,15 @@ impl Node {
     pub fn terminate(&self) -> Result<()> {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
         Ok(kill_process(pid, Signal::TERM)?)
+    }
+
+    /// SIGSTOP: it keeps its connections and says nothing any more. SIGKILL still ends it.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn freeze(&self) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
+        Ok(kill_process(pid, Signal::STOP)?)
     }
 
     /// Waits until the process ends by itself.

@@ -136,7 +136,10 @@ impl Store {
             }
         }
         let gained = self.pool.lock().finish_grow(&growth, &performed);
-        self.marks.send_modify(|_| {});
+        // After a failure nobody is woken: they would ask again at once, and so on for as long as they wait.
+        if gained > 0 {
+            self.marks.send_modify(|_| {});
+        }
         gained > 0
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use tempfile::TempDir;
-use tonic::Streaming;
+use tonic::{Code, Streaming, transport::Channel};
 use understudy_proto::v1::{
     self, backup_service_client::BackupServiceClient, block_service_client::BlockServiceClient,
     replication_service_client::ReplicationServiceClient, volume_service_client::VolumeServiceClient,
@@ -27,6 +27,7 @@ const BACKUP_ARGS: [&str; 2] = ["--staging-capacity", "64MiB"];
 pub struct Pair {
     directory: TempDir,
     primary: Option<Node>,
+    primary_args: Vec<String>,
     backup: Option<Node>,
     /// The link from the primary to the backup.
     pub link: Proxy,
@@ -38,10 +39,24 @@ impl Pair {
     /// # Errors
     /// A side does not start.
     pub async fn start() -> Result<Self> {
+        Self::start_with(&PRIMARY_ARGS).await
+    }
+
+    /// As [`Pair::start`], with other settings of the primary.
+    ///
+    /// # Errors
+    /// A side does not start.
+    pub async fn start_with(primary_args: &[&str]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let backup = Node::start(Role::Backup, &directory.path().join("backup"), &BACKUP_ARGS).await?;
         let link = Proxy::start(backup.replica.context("ready")?).await?;
-        let mut pair = Self { directory, primary: None, backup: Some(backup), link };
+        let mut pair = Self {
+            directory,
+            primary: None,
+            primary_args: primary_args.iter().map(|&arg| arg.into()).collect(),
+            backup: Some(backup),
+            link,
+        };
         pair.restart(Role::Primary).await?;
         Ok(pair)
     }
@@ -86,11 +101,31 @@ impl Pair {
             }
             Role::Primary => {
                 let url = format!("http://{}", self.link.address());
-                let args: Vec<&str> = PRIMARY_ARGS.into_iter().chain(["--backup-url", &url]).collect();
+                let args: Vec<&str> =
+                    self.primary_args.iter().map(String::as_str).chain(["--backup-url", &url]).collect();
                 self.primary = Some(Node::start(role, &data_dir, &args).await?);
             }
         }
         Ok(())
+    }
+
+    /// Repeats a write under its sequence until it is acknowledged.
+    ///
+    /// # Errors
+    /// It is refused for another reason than that the backup is away, or for longer than [`PATIENCE`].
+    pub async fn until_acknowledged(
+        &self,
+        client: &mut BlockServiceClient<Channel>,
+        request: v1::WriteBlockRequest,
+    ) -> Result<v1::WriteBlockResponse> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match client.write_block(request.clone()).await {
+                Ok(answer) => return Ok(answer.into_inner()),
+                Err(status) if status.code() == Code::Unavailable && Instant::now() < deadline => {}
+                Err(status) => return Err(status.into()),
+            }
+        }
     }
 
     /// Creates a volume of 4 KiB blocks.
