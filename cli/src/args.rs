@@ -86,6 +86,11 @@ pub(crate) enum Command {
     /// What happened, and what happens, until Ctrl-C.
     #[command(after_help = "Examples:\n  understudy events\n  understudy --json events --after 120 --count 10")]
     Events(EventsArgs),
+    /// Show what the data directory of a stopped node holds, without changing it; fails if it finds problems.
+    #[command(
+        after_help = "Examples:\n  understudy inspect /var/lib/understudy\n  understudy --json inspect /var/lib/understudy"
+    )]
+    Inspect(InspectArgs),
     /// Ask both services whether they serve; fails if one does not.
     #[command(after_help = "Example:\n  understudy health --side primary")]
     Health(HealthArgs),
@@ -285,6 +290,15 @@ pub(crate) enum Side {
     Backup,
     /// Both.
     Both,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// The data directory.
+    pub(crate) dir: PathBuf,
+    /// Directory of the journal [default: DIR/journal].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) staging_path: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -189,6 +189,30 @@ impl DirectoryLock {
     }
 }
 
+/// Holds the lock of a directory that exists, to look at it: the file is not written, and a missing one not made.
+///
+/// # Errors
+/// A service has the directory, or there is none.
+pub fn lock_to_inspect(directory: &Path) -> Result<Option<File>, LockError> {
+    let io = |source| LockError::Io { directory: directory.into(), source };
+    fs::read_dir(directory).map_err(io)?;
+    let file = match File::open(directory.join("lock")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(io)?,
+    };
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            // For the message alone.
+            let _ = (&file).take(20).read_to_string(&mut holder);
+            let holder = if holder.trim().is_empty() { "unknown" } else { holder.trim() }.to_owned();
+            Err(LockError::InUse { directory: directory.into(), holder })
+        }
+        Err(TryLockError::Error(source)) => Err(io(source)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -201,7 +225,9 @@ mod tests {
         let refused = DirectoryLock::acquire(&directory).unwrap_err();
         assert_eq!(refused.exit(), Exit::Config);
         assert!(refused.to_string().contains(&format!("in use by process {};", std::process::id())), "{refused}");
+        assert!(matches!(lock_to_inspect(&directory), Err(LockError::InUse { .. })));
         drop(lock);
+        assert!(lock_to_inspect(&directory).unwrap().is_some());
         DirectoryLock::acquire(&directory).unwrap();
         assert!(matches!(DirectoryLock::acquire(Path::new("/proc/none")), Err(LockError::Io { .. })));
     }

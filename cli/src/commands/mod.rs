@@ -4,6 +4,7 @@ pub(crate) mod copy_in;
 pub(crate) mod copy_out;
 mod events;
 mod health;
+mod inspect;
 mod range;
 mod status;
 mod volume;
@@ -27,6 +28,7 @@ pub(crate) async fn run(Cli { global, command }: Cli) -> Result<()> {
         Command::Pool(command) => volume::pool(&global, command).await,
         Command::Status(args) => status::run(&global, args).await,
         Command::Events(args) => events::run(&global, args).await,
+        Command::Inspect(args) => inspect::run(&global, &args),
         Command::Health(args) => health::run(&global, args).await,
         Command::Bench(args) => bench::run(&global, args).await,
         Command::Demo(args) => demo::run(&global, args).await,

@@ -75,6 +75,25 @@ impl Catalog {
         Ok(Self { db: Arc::new(db), poisoned })
     }
 
+    /// Opens the catalogue of `storage` without changing its file: what redb writes while it opens, or repairs what a
+    /// killed process left, stays in memory. A later [`Catalog::write`] would be lost.
+    ///
+    /// # Errors
+    /// There is no catalogue, it cannot be read, or it is damaged beyond what redb repairs.
+    pub fn open_read_only(storage: &dyn Storage, cache_bytes: usize) -> Result<Self, CatalogError> {
+        let open = || {
+            let file = storage.open(FILE, OpenMode::ReadOnly)?;
+            if file.is_empty()? {
+                // redb would make an empty database of it.
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty: the node never started"));
+            }
+            backend::Overlay::new(file)
+        };
+        let backend = open().map_err(|source| CatalogError::Open { source })?;
+        let db = Database::builder().set_cache_size(cache_bytes).create_with_backend(backend).map_err(database)?;
+        Ok(Self { db: Arc::new(db), poisoned: Arc::new(AtomicBool::new(false)) })
+    }
+
     /// Runs `change` in one transaction and commits it durably. An error of `change` discards all of it.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ use self::{
 };
 pub use self::{
     reader::{JournalReader, ReadError},
-    recover::{RecoverError, Recovered},
+    recover::{RecoverError, Recovered, Scan},
     writer::{Batch, FilePreparation},
 };
 use crate::{

@@ -43,6 +43,27 @@ pub struct Recovered {
     pub epoch: u64,
 }
 
+/// What a journal holds, read without changing it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scan {
+    /// Files in the journal's directory.
+    pub files: usize,
+    /// Their bytes.
+    pub file_bytes: u64,
+    /// Bytes from the first file that is needed to the end of what is valid.
+    pub span_bytes: u64,
+    /// Epoch of the last valid batch; 0 if there is none.
+    pub epoch: u64,
+    /// The LSN the next record would get.
+    pub next_lsn: Lsn,
+    /// Records from the trim point on.
+    pub records: u64,
+    /// Bytes of batches that were never confirmed; opening drops them.
+    pub dropped_bytes: u64,
+    /// Why opening would refuse the journal as corrupt, if it would.
+    pub corruption: Option<String>,
+}
+
 /// Why a journal was not opened. Nothing may be served.
 #[derive(Debug, thiserror::Error)]
 pub enum RecoverError {
@@ -158,20 +179,12 @@ impl Journal {
         check_config(&config)?;
         storage.create_dir(DIR).map_err(io_error("making directory", DIR))?;
         storage.sync_dir("").map_err(io_error("syncing the directory of", DIR))?;
-        let found = find_files(&*storage, store)?;
+        let found = find_files(&*storage, store, OpenMode::Existing)?;
         let mut chain = read_chain(&found, store, trim, verify, on_record)?;
         let start = trim.file_sequence.max(1);
         let tail = Tail::look_behind(&found, store, &chain, start)?;
-        let (at, offset) = chain.files.back().map_or((0, SECTOR), |f| (f.slot.index, f.end));
-        let corrupt = |evidence| RecoverError::Corrupt { file: slot_name(at), offset, lsn: chain.next, evidence };
-        if let Some(evidence) = tail.evidence
-            && !Mutant::CorruptionIsTornTail.on()
-        {
-            return Err(corrupt(evidence));
-        }
-        if chain.next < trim.lsn || (chain.files.is_empty() && trim.file_sequence > 0) {
-            let evidence = format!("the checkpoint covers records below {} of file {start}", trim.lsn);
-            return Err(corrupt(evidence));
+        if let Some(error) = corruption(&chain, &tail, trim) {
+            return Err(error);
         }
         make_durable(&*storage, &found, &chain, start)?;
 
@@ -215,6 +228,47 @@ impl Journal {
         };
         Ok((journal, recovered))
     }
+
+    /// As [`Journal::open`], but changes nothing: files are opened for reading only, no epoch begins, and corruption is
+    /// a finding instead of an error.
+    ///
+    /// # Errors
+    /// The journal cannot be read, is of another store or version, or `on_record` refuses a record.
+    pub fn scan(
+        storage: &dyn Storage,
+        store: Uid,
+        trim: TrimPoint,
+        verify: &dyn Fn(&[u8], &[u8]) -> bool,
+        on_record: &mut dyn FnMut(RawRecord) -> Result<(), RecoverError>,
+    ) -> Result<Scan, RecoverError> {
+        let found = find_files(storage, store, OpenMode::ReadOnly)?;
+        let chain = read_chain(&found, store, trim, verify, on_record)?;
+        let tail = Tail::look_behind(&found, store, &chain, trim.file_sequence.max(1))?;
+        Ok(Scan {
+            files: found.len(),
+            file_bytes: found.iter().map(|f| f.len).sum(),
+            span_bytes: chain.files.back().map_or(0, |last| last.base + last.end),
+            epoch: chain.epoch,
+            next_lsn: chain.next,
+            records: chain.records,
+            dropped_bytes: tail.dropped_bytes,
+            corruption: corruption(&chain, &tail, trim).map(|error| error.to_string()),
+        })
+    }
+}
+
+/// The error of a chain that ends too early; `None` if what lies behind its end is a torn tail.
+fn corruption(chain: &Chain, tail: &Tail, trim: TrimPoint) -> Option<RecoverError> {
+    let (at, offset) = chain.files.back().map_or((0, SECTOR), |f| (f.slot.index, f.end));
+    let corrupt = |evidence| RecoverError::Corrupt { file: slot_name(at), offset, lsn: chain.next, evidence };
+    if let Some(evidence) = &tail.evidence
+        && !Mutant::CorruptionIsTornTail.on()
+    {
+        return Some(corrupt(evidence.clone()));
+    }
+    let is_short = chain.next < trim.lsn || (chain.files.is_empty() && trim.file_sequence > 0);
+    let start = trim.file_sequence.max(1);
+    is_short.then(|| corrupt(format!("the checkpoint covers records below {} of file {start}", trim.lsn)))
 }
 
 fn check_config(config: &JournalConfig) -> Result<(), RecoverError> {
@@ -230,12 +284,12 @@ fn check_config(config: &JournalConfig) -> Result<(), RecoverError> {
     Err(RecoverError::Config(wrong))
 }
 
-fn find_files(storage: &dyn Storage, store: Uid) -> Result<Vec<Found>, RecoverError> {
+fn find_files(storage: &dyn Storage, store: Uid, mode: OpenMode) -> Result<Vec<Found>, RecoverError> {
     let mut found = Vec::new();
     for name in storage.list(DIR).map_err(io_error("listing", DIR))? {
         let Some(index) = slot_index(&name) else { continue };
         let name = slot_name(index);
-        let file = storage.open(&name, OpenMode::Existing).map_err(io_error("opening", &name))?;
+        let file = storage.open(&name, mode).map_err(io_error("opening", &name))?;
         let len = file.len().map_err(io_error("reading", &name))?;
         let mut header = None;
         if len >= SECTOR {

@@ -453,7 +453,7 @@ pub(super) fn encode_page(device: u16, page: u32, counts: &CountPage) -> Vec<u8>
     out
 }
 
-fn decode_page(device: u16, page: u32, blob: &[u8]) -> Option<CountPage> {
+pub(super) fn decode_page(device: u16, page: u32, blob: &[u8]) -> Option<CountPage> {
     let (crc, counts) = blob.split_first_chunk::<4>()?;
     let counts: CountPage = counts.try_into().ok()?;
     (u32::from_le_bytes(*crc) == seal(device, page, &counts)).then_some(counts)

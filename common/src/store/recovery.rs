@@ -271,7 +271,7 @@ fn create(
     Ok(())
 }
 
-fn load<T: serde::de::DeserializeOwned>(catalog: &Catalog, key: &'static str) -> Result<T, OpenError> {
+pub(super) fn load<T: serde::de::DeserializeOwned>(catalog: &Catalog, key: &'static str) -> Result<T, OpenError> {
     let json = catalog.read()?.meta(key)?.ok_or_else(|| OpenError::Root { key, why: "it is missing".into() })?;
     serde_json::from_slice(&json).map_err(|e| OpenError::Root { key, why: e.to_string() })
 }
