@@ -67,8 +67,7 @@ impl World {
         client: Option<ClientSequence>,
     ) -> Result<bool, super::Violation> {
         let store = Arc::clone(self.primary.store());
-        let submitted =
-            store.submit(spec.id, first, change(stamp, count, spec.block_size), client.clone(), self.time);
+        let submitted = store.submit(spec.id, first, change(stamp, count, spec.block_size), client.clone(), self.time);
         match submitted {
             Ok(submitted) if submitted.duplicate => {
                 Err(broken(format!("the fresh sequence {client:?} was taken for a duplicate")))
@@ -109,7 +108,8 @@ impl World {
 
     /// After a crash: any request that is in the journal, as old as it may be.
     pub(super) fn client_retry_any(&mut self) -> Outcome {
-        let known: Vec<usize> = (0..self.model.history.len()).filter(|i| self.model.history[*i].client.is_some()).collect();
+        let known: Vec<usize> =
+            (0..self.model.history.len()).filter(|i| self.model.history[*i].client.is_some()).collect();
         let Some(at) = known.choose(&mut self.rng) else { return Ok(()) };
         self.repeat(*at)?;
         self.summary.count("duplicates answered after a crash", 1);

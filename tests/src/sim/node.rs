@@ -264,11 +264,7 @@ impl Node {
     }
 
     /// Opens a store on any disk as this node would.
-    pub fn open_disk(
-        &self,
-        disk: &SimStorage,
-        rng: &mut Pcg64Mcg,
-    ) -> Result<(Arc<Store>, Recovery), store::OpenError> {
+    pub fn open_disk(&self, disk: &SimStorage, rng: &mut Pcg64Mcg) -> Result<(Arc<Store>, Recovery), store::OpenError> {
         let storage: Arc<dyn Storage> = Arc::new(disk.clone());
         store::open(storage, self.config.clone(), self.role, &mut || Uid(rng.random()))
     }

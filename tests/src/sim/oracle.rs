@@ -26,7 +26,9 @@ fn compare_bytes(bytes: &[u8], image: &[Stamp], what: &str, position: Lsn) -> Ou
     for (block, (bytes, expected)) in bytes.chunks_exact(BLOCK).zip(image).enumerate() {
         let found = Stamp::of(bytes);
         if found != Some(*expected) {
-            return Err(broken(format!("{what} block {block} holds {found:?}, the image at {position} has {expected:?}")));
+            return Err(broken(format!(
+                "{what} block {block} holds {found:?}, the image at {position} has {expected:?}"
+            )));
         }
     }
     Ok(())
@@ -154,7 +156,8 @@ impl World {
         for _ in 0..3 {
             let disk = node.disk.fork();
             disk.kill();
-            let names = understudy_common::storage::Storage::list(&disk, "journal").map_err(|e| broken(e.to_string()))?;
+            let names =
+                understudy_common::storage::Storage::list(&disk, "journal").map_err(|e| broken(e.to_string()))?;
             let name = format!("journal/{}", names[self.rng.random_range(0..names.len())]);
             let size = disk.read_all(&name).map_err(|e| broken(e.to_string()))?.len() as u64;
             disk.corrupt(&name, self.rng.random_range(0..size), 1 << self.rng.random_range(0..8));
