@@ -192,6 +192,7 @@ impl Controller {
     fn run(&mut self, sim: &mut Sim<'_>, disturbed: Duration) -> Result<(), String> {
         loop {
             let now = sim.elapsed();
+            self.model.lock().now = now;
             let healed = now >= disturbed;
             if healed && !self.model.lock().healed {
                 self.heal(sim);

@@ -6,6 +6,7 @@
 use std::{
     collections::VecDeque,
     hash::{DefaultHasher, Hash, Hasher},
+    time::Duration,
 };
 
 use understudy_common::types::Lsn;
@@ -46,7 +47,10 @@ pub(super) struct Model {
     next_stamp: u64,
     lines: VecDeque<String>,
     trace: DefaultHasher,
+    print: bool,
     violation: Option<String>,
+    /// The virtual time between two steps of the hosts.
+    pub now: Duration,
     /// Faults have ended: the writers finish what they have and stop.
     pub healed: bool,
     pub acked: u64,
@@ -104,7 +108,9 @@ impl Model {
             next_stamp: 1,
             lines: VecDeque::new(),
             trace: DefaultHasher::new(),
+            print: std::env::var_os("UNDERSTUDY_TRACE").is_some(),
             violation: None,
+            now: Duration::ZERO,
             healed: false,
             acked: 0,
             retries: 0,
@@ -114,9 +120,12 @@ impl Model {
 
     /// A line of the trace, with the virtual time.
     pub fn note(&mut self, line: String) {
-        let at = turmoil::sim_elapsed().unwrap_or_default();
+        let at = turmoil::sim_elapsed().unwrap_or(self.now);
         let line = format!("{:>9.3} {line}", at.as_secs_f64());
         line.hash(&mut self.trace);
+        if self.print {
+            eprintln!("{line}");
+        }
         if self.lines.len() == LINES {
             self.lines.pop_front();
         }
@@ -222,9 +231,11 @@ impl Model {
         }
     }
 
-    /// A write that was acknowledged as durable on both sides is on the backup.
+    /// A write that was acknowledged as durable on both sides is on the backup. An answer that repeats an earlier one
+    /// names the client's newest record, which may be of another group.
     pub fn check_both(&mut self, volume: usize, position: Lsn) {
-        let lost = self.volumes[volume].iter().flat_map(|b| &b.acked).find(|e| e.both && e.lsn > position).copied();
+        let mut events = self.volumes[volume].iter().flat_map(|block| &block.acked);
+        let lost = events.find(|e| e.both && e.exact && e.lsn > position).copied();
         if let Some(lost) = lost {
             self.violate(format!("{lost:?} was acknowledged as durable on both; the backup is at {position}"));
         }
