@@ -43,6 +43,9 @@ const CHUNK_BYTES: usize = 256 << 10;
 /// A connection attempt.
 pub type Connecting = Pin<Box<dyn Future<Output = Result<Channel, String>> + Send>>;
 
+/// A heartbeat under way: its round trip, or why the link counts as lost.
+type Beating = Pin<Box<dyn Future<Output = Result<Duration, String>> + Send>>;
+
 /// How the link is doing.
 #[derive(Debug, Clone)]
 pub struct LinkView {
@@ -231,7 +234,7 @@ impl Link {
         let mut marks = self.engine.marks();
         let mut ticks = interval(self.config.heartbeat);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut heartbeat: Option<Pin<Box<dyn Future<Output = Result<Duration, String>> + Send>>> = None;
+        let mut heartbeat: Option<Beating> = None;
         let mut held_since = None;
         loop {
             marks.mark_unchanged();
@@ -340,11 +343,7 @@ impl Link {
         }
     }
 
-    fn heartbeat(
-        &self,
-        session: Uid,
-        mut client: ReplicaServiceClient<Channel>,
-    ) -> Pin<Box<dyn Future<Output = Result<Duration, String>> + Send>> {
+    fn heartbeat(&self, session: Uid, mut client: ReplicaServiceClient<Channel>) -> Beating {
         let store = self.engine.store();
         let complete = store.with_state(|state| {
             let place = |g: &understudy_common::state::GroupState| v1::GroupPosition {

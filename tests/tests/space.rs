@@ -91,8 +91,9 @@ impl SmallDisk {
     /// `None` where this may not be done.
     fn mount(path: &Path, size: &str) -> Result<Option<Self>> {
         std::fs::create_dir(path)?;
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(path);
-        let mounted = mounted.output().is_ok_and(|output| output.status.success());
+        let options = format!("size={size}");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(path).output();
+        let mounted = mounted.is_ok_and(|output| output.status.success());
         Ok(mounted.then(|| Self { path: path.to_owned() }))
     }
 
