@@ -15,7 +15,6 @@ use rand::{Rng as _, SeedableRng as _, seq::SliceRandom as _};
 use rand_pcg::Pcg64Mcg;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Code;
 use understudy_proto::v1::{self, AckRule, block_service_client::BlockServiceClient};
 use understudy_tests::{
     process::{
@@ -221,64 +220,6 @@ async fn swapped_devices_are_refused_until_they_are_in_order() -> Result<()> {
 
     let alone = Alone::reopen(directory.path(), "node", &["--pool-devices", &in_order]).await?;
     assert_eq!(alone.read(0).await?, load::fill(0, 0, 1));
-    Ok(())
-}
-
-/// What a `both` volume that blocks says while its backup is frozen: first that the outcome is not known, later, when
-/// the link is known to be lost, that the backup is away. Never an acknowledgement, never a wait without end.
-#[tokio::test]
-async fn a_frozen_backup_makes_writes_to_both_unavailable_within_the_deadline() -> Result<()> {
-    // The link is lost only after the first deadline.
-    let limits = [
-        "--limits-request-deadline",
-        "1s",
-        "--limits-queue-wait",
-        "500ms",
-        "--link-timeout",
-        "4s",
-        "--link-heartbeat",
-        "1s",
-    ];
-    let mut pair = Pair::start_with(&limits).await?;
-    pair.create_volume("both", 64, AckRule::Both).await?;
-    pair.create_volume("staged", 64, AckRule::Staged).await?;
-    let mut client = BlockServiceClient::new(pair.node(Role::Primary)?.channel()?);
-    let write = |volume: &str, sequence: u64| v1::WriteBlockRequest {
-        volume: volume.into(),
-        data: load::fill(0, 0, sequence),
-        client_id: format!("of-{volume}"),
-        sequence,
-        ..Default::default()
-    };
-    client.write_block(write("both", 1)).await?;
-
-    pair.node(Role::Backup)?.freeze()?;
-    let unknown = client.write_block(write("both", 2)).await.err().context("nothing confirmed this write")?;
-    assert_eq!(
-        (unknown.code(), unknown.message().contains("outcome is unknown")),
-        (Code::Unavailable, true),
-        "{unknown}"
-    );
-    let away = loop {
-        let refused = client.write_block(write("both", 3)).await.err().context("nothing confirmed this write")?;
-        assert_eq!(refused.code(), Code::Unavailable, "{refused}");
-        if refused.message().contains("the backup is away") {
-            break refused;
-        }
-    };
-    assert!(away.message().contains("both"), "{away}");
-    assert!(!client.write_block(write("staged", 1)).await?.into_inner().duplicate, "it needs no backup");
-
-    // The same request, once the backup is back: applied before or now, and once.
-    pair.restart(Role::Backup).await?;
-    let last = pair.until_acknowledged(&mut client, write("both", 4)).await?;
-    assert!(!last.duplicate);
-    let repeated = client.write_block(write("both", 2)).await?.into_inner();
-    assert!(repeated.duplicate, "{repeated:?}");
-    pair.wait_caught_up().await?;
-    let image = pair.read_image(Role::Backup, "both").await?;
-    assert_eq!(image, pair.read_image(Role::Primary, "both").await?);
-    assert!(image[..BLOCK_BYTES] == load::fill(0, 0, 4)[..], "not the content of the last write");
     Ok(())
 }
 
