@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use rand::{Rng, seq::IndexedRandom};
+use rand::{
+    Rng,
+    seq::{IndexedRandom, IteratorRandom},
+};
 use understudy_common::{
     record::{ClientSequence, Control, block_crcs},
     store::{Change, ReadFailure, Store, SubmitError},
@@ -36,7 +39,8 @@ impl World {
             // A few hot blocks, so that versions pile up.
             let first =
                 if self.rng.random_bool(0.7) { self.rng.random_range(0..12) } else { self.rng.random_range(0..blocks) };
-            (first, self.rng.random_range(1..=4).min(blocks - first))
+            let count = if self.rng.random() { 1 } else { self.rng.random_range(1..=4) };
+            (first, count.min(blocks - first))
         };
         let zero = !large && self.rng.random_bool(0.1);
         let client = self.rng.random_bool(0.6).then(|| {
@@ -134,6 +138,27 @@ impl World {
             }
             Err(error) => self.refused(&store, &error),
         }
+    }
+
+    /// A volume, best one that is being read, is emptied, and others take its space at once.
+    pub(super) fn churn(&mut self) -> Outcome {
+        let live = self.model.live();
+        let held = self.primary.held_volumes().find(|spec| live.contains_key(&spec.id)).map(|spec| spec.id);
+        let Some(spec) = held.or_else(|| live.keys().next().copied()).and_then(|id| live.get(&id)) else {
+            return Ok(());
+        };
+        self.submit(spec, 0, spec.block_count(), Stamp(0), None)?;
+        self.primary.drain(&mut self.rng);
+        self.primary.drain(&mut self.rng);
+        for _ in 0..8 {
+            let other = live.values().choose(&mut self.rng).expect("there is one");
+            // The slots that hot blocks have in their segments.
+            let first = self.rng.random_range(0..other.block_count() / BLOCKS_PER_SEGMENT) * BLOCKS_PER_SEGMENT;
+            let stamp = self.model.next_stamp();
+            self.submit(other, first, 16, stamp, None)?;
+        }
+        self.primary.drain(&mut self.rng);
+        Ok(())
     }
 
     pub(super) fn client_read(&mut self) -> Outcome {

@@ -16,6 +16,8 @@ pub(super) struct Wire {
     session: Uid,
     frames: VecDeque<v1::StagedRecord>,
     answers: VecDeque<v1::StagedAck>,
+    /// The newest ship number in an answer.
+    answered: u64,
     /// The connection is gone; its frames may still arrive.
     old: bool,
     /// A frame was lost: the receiver must notice.
@@ -88,7 +90,7 @@ impl World {
         sender.on_attached(&welcome).map_err(|e| broken(format!("attach: {e}")))?;
         self.summary.count("sessions", 1);
         let (frames, answers) = (VecDeque::new(), VecDeque::new());
-        self.wires.push(Wire { session: welcome.session, frames, answers, old: false, lossy: false });
+        self.wires.push(Wire { session: welcome.session, frames, answers, answered: 0, old: false, lossy: false });
         Ok(())
     }
 
@@ -160,7 +162,10 @@ impl World {
         };
         self.summary.count("refused groups", answer.refusals.len() as u64);
         let Some(wire) = self.wires.iter_mut().find(|w| !w.old && w.session == session) else { return Ok(()) };
-        wire.answers.push_back(ack);
+        if ack.ship > wire.answered || !ack.refusals.is_empty() {
+            wire.answered = ack.ship;
+            wire.answers.push_back(ack);
+        }
         if self.rng.random_bool(0.7)
             && let Some(ack) = wire.answers.pop_front()
         {

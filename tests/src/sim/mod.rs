@@ -220,7 +220,8 @@ impl World {
                 let nth = self.rng.random_range(1..6);
                 if self.rng.random() { self.primary.plan_failed_sync(nth) } else { self.backup.plan_failed_sync(nth) }
             }
-            984..988 if self.faults.readers => self.open_image()?,
+            984..987 if self.faults.readers => self.open_image()?,
+            987 => self.churn()?,
             // Rarely: a recovery of a copy of the disk costs more than a hundred other steps.
             988 => self.primary.check_base_image(&self.model)?,
             989 => self.backup.check_base_image(&self.model)?,
@@ -267,14 +268,17 @@ impl World {
 
     // --- starts and crashes
 
-    fn start_primary(&mut self) -> Outcome {
+    /// True if its journal had a torn tail.
+    fn start_primary(&mut self) -> Result<bool, Violation> {
         let recovery = self.primary.open(&mut self.rng)?;
-        self.summary.count("torn tails dropped", u64::from(recovery.dropped_bytes > 0));
+        let torn = recovery.dropped_bytes > 0;
+        self.summary.count("torn tails dropped", u64::from(torn));
         self.sender = Some(Sender::new(Arc::clone(self.primary.store()), 16 * 1024));
         let next = self.primary.store().next_lsn();
         self.note(next.0);
         self.model.on_primary_started(next)?;
-        self.check_primary_image()
+        self.check_primary_image()?;
+        Ok(torn)
     }
 
     fn start_backup(&mut self) -> Outcome {
@@ -293,8 +297,17 @@ impl World {
         self.sender = None;
         self.primary.crash_inside(&mut self.rng, power);
         self.primary.crash_in_recovery(&mut self.rng, power, &mut self.summary);
-        self.start_primary()?;
+        let torn = self.start_primary()?;
         self.link = true;
+        if torn && self.rng.random_bool(0.6) {
+            // The next batch lies where the torn one began, and the power fails again: what is behind it stays dropped.
+            for _ in 0..self.rng.random_range(1..3) {
+                self.client_write()?;
+            }
+            self.primary.drain(&mut self.rng);
+            self.acknowledge()?;
+            return self.crash_primary(Some(power));
+        }
         if self.rng.random_bool(0.3) { self.client_retry_any() } else { Ok(()) }
     }
 
@@ -316,11 +329,16 @@ impl World {
     /// Faults end; the pair must come to rest with equal images.
     fn settle(&mut self) -> Outcome {
         self.faults.lost_frames = false;
-        self.primary.clear_faults();
-        self.backup.clear_faults();
+        // A sync that has failed has consequences, one that was to fail has not.
+        if !self.primary.clear_faults() {
+            self.crash_primary(Some(true))?;
+        }
+        if !self.backup.clear_faults() {
+            self.crash_backup(Some(true))?;
+        }
         self.image = None;
         for node in [&mut self.primary, &mut self.backup] {
-            node.end_read(u32::MAX, &self.model)?;
+            while node.end_read(u32::MAX, &self.model)? {}
         }
         self.faults.late_frames = false;
         self.cut();
@@ -338,9 +356,16 @@ impl World {
         }
         self.acknowledge()?;
         if !self.is_quiet() {
-            let retained = self.primary.store().retained();
-            let held = self.sender.as_ref().map(Sender::held);
-            return Err(broken(format!("the pair does not come to rest: {retained:?}, held {held:?}")));
+            let (retained, space) = (self.primary.store().retained(), self.backup.store().space());
+            let (sender, receiver) = (self.sender.as_ref(), self.receiver.as_ref());
+            return Err(broken(format!(
+                "the pair does not come to rest: {retained:?}, held {:?}, in flight {:?}, refused {:?}, {space:?}, marks {:?} and {:?}",
+                sender.map(Sender::held),
+                sender.map(Sender::in_flight),
+                receiver.map(Receiver::refused),
+                *self.primary.store().marks().borrow(),
+                *self.backup.store().marks().borrow(),
+            )));
         }
         self.check_at_rest()?;
         if self.rng.random_bool(0.3) {

@@ -1,6 +1,6 @@
 //! One node: its disk, its store, what it has under way, and how it dies.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, io, sync::Arc};
 
 use rand::{Rng, seq::IteratorRandom};
 use rand_pcg::Pcg64Mcg;
@@ -35,19 +35,27 @@ struct HeldRead {
     until: u32,
 }
 
+/// A group commit: what was durable when it was taken, which its header says, and how it went.
+struct Commit {
+    job: BatchJob,
+    durable: Lsn,
+    result: Option<io::Result<()>>,
+}
+
 pub(super) struct Node {
     pub role: Role,
     pub disk: SimStorage,
     pub store: Option<Arc<Store>>,
     pub config: StoreConfig,
-    batch: Option<BatchJob>,
+    /// Group commits under way, oldest first.
+    batches: VecDeque<Commit>,
     apply: Option<ApplyJob>,
     checkpoint: Option<CheckpointJob>,
     reads: Vec<HeldRead>,
     sync_fault: bool,
     /// Recovery was interrupted, and no checkpoint was made since.
     recovery_crashed: bool,
-    /// What was durable before the newest batch; `None` until there was one.
+    /// What the newest batch on disk calls durable; `None` until there was one.
     pub durable_before: Option<Lsn>,
 }
 
@@ -88,7 +96,7 @@ impl Node {
             disk: SimStorage::new(rng.random()),
             store: None,
             config,
-            batch: None,
+            batches: VecDeque::new(),
             apply: None,
             checkpoint: None,
             reads: Vec::new(),
@@ -113,16 +121,11 @@ impl Node {
         let store = Arc::clone(self.store());
         match rng.random_range(0..24) {
             0..6 => {
-                if self.batch.is_none() {
-                    self.batch = store.take_batch();
-                }
+                self.take_batch();
             }
             6..12 => {
-                if let Some(job) = self.batch.take() {
-                    self.durable_before = Some(store.marks().borrow().durable);
-                    let result = job.run();
-                    store.finish_batch(job, result);
-                }
+                self.run_batch(rng);
+                self.finish_batches();
             }
             12..16 => {
                 if self.apply.is_none() {
@@ -161,6 +164,57 @@ impl Node {
         }
     }
 
+    fn take_batch(&mut self) {
+        let durable = self.store().marks().borrow().durable;
+        if self.batches.len() < 2
+            && let Some(job) = self.store().take_batch()
+        {
+            self.batches.push_back(Commit { job, durable, result: None });
+        }
+    }
+
+    /// Any of those under way may reach the disk first.
+    fn run_batch(&mut self, rng: &mut Pcg64Mcg) {
+        if let Some(batch) = self.batches.iter_mut().filter(|b| b.result.is_none()).choose(rng) {
+            batch.result = Some(batch.job.run());
+        }
+    }
+
+    fn finish_batches(&mut self) {
+        while let Some(Commit { job, durable, result: Some(result) }) =
+            self.batches.pop_front_if(|batch| batch.result.is_some())
+        {
+            self.durable_before = Some(durable);
+            self.store().finish_batch(job, result);
+        }
+    }
+
+    /// Finishes everything that is under way, with a checkpoint at the end.
+    pub fn drain(&mut self, rng: &mut Pcg64Mcg) {
+        let store = Arc::clone(self.store());
+        loop {
+            self.take_batch();
+            if self.batches.is_empty() || store.failure().is_some() {
+                break;
+            }
+            self.run_batch(rng);
+            self.finish_batches();
+        }
+        while let Some(mut job) = self.apply.take().or_else(|| store.take_apply()) {
+            let result = job.run();
+            store.finish_apply(job, result);
+        }
+        if let Some(job) = self.checkpoint.take().or_else(|| store.take_checkpoint()) {
+            let result = job.run();
+            store.finish_checkpoint(job, result);
+        }
+    }
+
+    /// Volumes of reads that are held open.
+    pub fn held_volumes(&self) -> impl Iterator<Item = &VolumeSpec> {
+        self.reads.iter().map(|read| &read.spec)
+    }
+
     // --- faults
 
     pub fn plan_failed_sync(&mut self, nth: u64) {
@@ -170,14 +224,23 @@ impl Node {
         }
     }
 
-    pub fn clear_faults(&mut self) {
-        self.disk.clear_faults();
-        self.sync_fault = false;
+    /// Forgets the sync that is to fail; false, and nothing forgotten, if it has.
+    pub fn clear_faults(&mut self) -> bool {
+        let hit = self.sync_fault && self.disk.faults_planned() == 0;
+        if !hit {
+            self.disk.clear_faults();
+            self.sync_fault = false;
+        }
+        !hit
     }
 
     /// True if the node has failed, as it must after a failed sync and must not otherwise.
     pub fn check_failure(&mut self) -> Result<bool, Violation> {
+        let told = !self.batches.iter().any(|batch| batch.result.is_some());
         let hit = self.sync_fault && self.disk.faults_planned() == 0;
+        if hit && !told && self.store().failure().is_none() {
+            return Ok(false);
+        }
         match (self.store().failure(), hit) {
             (None, false) => Ok(false),
             (Some(_), true) => Ok(true),
@@ -186,18 +249,22 @@ impl Node {
         }
     }
 
-    /// Loses the process, and with `power` everything that was not synced.
+    /// Loses the process, and with `power` everything that was not synced. A failed sync always takes the machine
+    /// along: what the system shows of the file from then on need not be on the disk, which no process can know.
     pub fn crash(&mut self, rng: &mut Pcg64Mcg, power: bool) {
-        if power {
+        let sync_failed = self.sync_fault && self.disk.faults_planned() == 0;
+        if power || sync_failed {
             self.disk.crash(rng);
         } else {
             self.disk.kill();
         }
-        self.clear_faults();
+        self.disk.clear_faults();
+        self.sync_fault = false;
         self.durable_before = None;
         // Its handles are dead: nothing that ends here tidies up on the disk.
         self.reads.clear();
-        (self.batch, self.apply, self.checkpoint, self.store) = (None, None, None, None);
+        self.batches.clear();
+        (self.apply, self.checkpoint, self.store) = (None, None, None);
     }
 
     /// Loses a node before, inside or after whatever it has under way.
@@ -217,8 +284,9 @@ impl Node {
             if let Some(mut job) = self.apply.take() {
                 let _ = job.run();
             }
-            if let Some(job) = self.batch.take().or_else(|| store.take_batch()) {
-                let _ = job.run();
+            self.take_batch();
+            while self.batches.iter().any(|batch| batch.result.is_none()) {
+                self.run_batch(rng);
             }
         }
         self.crash(rng, power);
