@@ -171,6 +171,9 @@ impl JournalReader {
             };
             // The file may have been trimmed and used again while it was read.
             self.locate()?;
+            if self.place != (sequence, offset) {
+                continue;
+            }
             let (Some(header), Ok(records)) = (header, records) else {
                 return Err(ReadError::Corrupt { file: slot.name(), offset, lsn: self.next });
             };
@@ -188,12 +191,18 @@ impl JournalReader {
         Ok(out)
     }
 
-    /// The slot of the file at `place`, after moving on to the next file if this one is read to its end.
+    /// The slot of the file at `place`, after moving on to the next file if this one is read to its end. A reader that
+    /// had caught up may find its file gone and what it wants in one that is still there.
     fn locate(&mut self) -> Result<Arc<Slot>, ReadError> {
         let files = self.files.lock();
         let oldest = files[0].first_lsn;
         let index = self.place.0.checked_sub(files[0].sequence).and_then(|i| usize::try_from(i).ok());
-        let file = index.and_then(|i| files.get(i)).ok_or(ReadError::Trimmed { lsn: self.next, oldest })?;
+        let Some(file) = index.and_then(|i| files.get(i)) else {
+            let file = file_of(&files, self.next).map(|i| &files[i]);
+            let file = file.ok_or(ReadError::Trimmed { lsn: self.next, oldest })?;
+            self.place = (file.sequence, file.place_of(self.next));
+            return Ok(Arc::clone(&file.slot));
+        };
         if self.place.1 < file.end {
             return Ok(Arc::clone(&file.slot));
         }

@@ -77,6 +77,26 @@ fn records_come_back_in_order_across_files() {
     }
 }
 
+/// Found by the simulation: a sender that had read all, and whose file was then trimmed, was told that what it wanted
+/// next had been trimmed too.
+#[test]
+fn a_reader_that_caught_up_goes_on_when_its_file_is_trimmed() {
+    let sim = SimStorage::new(1);
+    let (mut journal, ..) = open(&sim);
+    put(&mut journal, 1, 2000);
+    let mut reader = journal.reader(Lsn(1)).unwrap();
+    while journal.files.lock().len() == 1 {
+        assert_eq!(reader.read(journal.durable_lsn(), usize::MAX).unwrap().len(), 1);
+        put(&mut journal, 2, 2000);
+    }
+    let next = journal.durable_lsn();
+    let point = journal.trim_point_for(next);
+    journal.trim(point);
+    assert_eq!(journal.files.lock().len(), 1);
+    let records = reader.read(next, usize::MAX).unwrap();
+    assert_eq!(records.iter().map(|r| r.lsn).collect::<Vec<_>>(), [next]);
+}
+
 #[test]
 fn a_full_journal_refuses_data_first_and_trimming_gives_files_free() {
     let sim = SimStorage::new(1);

@@ -160,6 +160,9 @@ impl World {
                 understudy_common::storage::Storage::list(&disk, "journal").map_err(|e| broken(e.to_string()))?;
             let name = format!("journal/{}", names[self.rng.random_range(0..names.len())]);
             let size = disk.read_all(&name).map_err(|e| broken(e.to_string()))?.len() as u64;
+            if size == 0 {
+                continue;
+            }
             disk.corrupt(&name, self.rng.random_range(0..size), 1 << self.rng.random_range(0..8));
             match node.open_disk(&disk, &mut self.rng) {
                 Err(_) => self.summary.count("damaged journals refused", 1),
