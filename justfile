@@ -20,6 +20,10 @@ test:
 sim:
     .ci/run sim
 
+# The whole pair in virtual time, with the same variables.
+virtual:
+    .ci/run virtual
+
 # Every known hazard, switched in and caught.
 mutants:
     .ci/run mutants
@@ -47,6 +51,10 @@ strace:
 # The Kubernetes manifests against their schemas.
 deploy-check:
     .ci/run deploy
+
+# Licences, bans and sources of the dependencies.
+deny:
+    .ci/run deny
 
 # Everything CI runs.
 ci:

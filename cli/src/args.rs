@@ -1,10 +1,16 @@
 //! The command line.
 
+mod failover;
+mod policy;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use understudy_common::units::{parse_bytes, parse_duration};
+
+pub(crate) use failover::{DemoteArgs, Loser, NodeArgs, NodeRole, PromoteArgs, ResolveArgs, SwitchoverArgs};
+pub(crate) use policy::{DeltaCommand, ExplainArgs, ModeCommand, PolicyCommand, PolicySetArgs, SimulateArgs};
 
 /// Wrong usage that only shows once the arguments are seen together.
 #[derive(Debug, thiserror::Error)]
@@ -68,9 +74,15 @@ pub(crate) enum Command {
     Import(ImportArgs),
     /// Write a volume into a sparse file.
     #[command(
-        after_help = "Examples:\n  understudy export data disk.img\n  understudy export data copy.img --from-backup"
+        after_help = "Examples:\n  understudy export data disk.img\n  understudy export data copy.img --from-backup\n  understudy export data@monday monday.img"
     )]
     Export(ExportArgs),
+    /// Take, list, delete, restore, clone and compare snapshots.
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Writable copies of the backup's image, to try a failover on: O(1), not replicated, gone with the backup's process.
+    #[command(subcommand)]
+    Clone(CloneCommand),
     /// Write bytes at an offset.
     #[command(after_help = "Example:\n  echo hello | understudy write data --offset 4KiB --file -")]
     Write(WriteArgs),
@@ -83,6 +95,15 @@ pub(crate) enum Command {
     /// How the pair is doing.
     #[command(after_help = "Examples:\n  understudy status --watch\n  understudy --json status | jq .link.state")]
     Status(StatusArgs),
+    /// Begin and abort runs of delta replication.
+    #[command(subcommand)]
+    Delta(DeltaCommand),
+    /// Force delta mode, and release it.
+    #[command(subcommand)]
+    Mode(ModeCommand),
+    /// When groups leave continuous mode and return: settings, reasons, simulation.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// What happened, and what happens, until Ctrl-C.
     #[command(after_help = "Examples:\n  understudy events\n  understudy --json events --after 120 --count 10")]
     Events(EventsArgs),
@@ -91,6 +112,22 @@ pub(crate) enum Command {
         after_help = "Examples:\n  understudy inspect /var/lib/understudy\n  understudy --json inspect /var/lib/understudy"
     )]
     Inspect(InspectArgs),
+    /// Read back every stored block on both sides and compare it with its checksum; damaged blocks are repaired from the
+    /// other side where that holds the same version. Fails if some stay damaged.
+    #[command(
+        after_help = "Examples:\n  understudy scrub\n  understudy scrub data\n  understudy --json scrub --status"
+    )]
+    Scrub(ScrubArgs),
+    /// Compare both sides at one position, while writes go on; fails if blocks differ and were not repaired.
+    #[command(
+        after_help = "Examples:\n  understudy verify\n  understudy verify data --repair\n  understudy --json verify | jq .identical"
+    )]
+    Verify(VerifyArgs),
+    /// Check the data directory of a stopped node, without changing it; fails if it finds problems.
+    #[command(
+        after_help = "Examples:\n  understudy fsck /var/lib/understudy\n  understudy --json fsck --data /var/lib/understudy"
+    )]
+    Fsck(FsckArgs),
     /// Ask both services whether they serve; fails if one does not.
     #[command(after_help = "Example:\n  understudy health --side primary")]
     Health(HealthArgs),
@@ -104,6 +141,31 @@ pub(crate) enum Command {
         after_help = "Examples:\n  understudy demo\n  understudy --json demo --size 256MiB\n  understudy demo --image disk.img --keep"
     )]
     Demo(DemoArgs),
+    /// Make the backup the primary: the primary is gone for good, or for too long.
+    #[command(
+        after_help = "Examples:\n  understudy --backup http://127.0.0.1:7500 promote --generation 1\n  understudy promote --force\n  understudy promote --at monday --dry-run"
+    )]
+    Promote(PromoteArgs),
+    /// Make a primary, running or stopped, a backup.
+    #[command(
+        after_help = "Examples:\n  understudy --primary http://127.0.0.1:7400 demote\n  understudy demote --dir /var/lib/understudy"
+    )]
+    Demote(DemoteArgs),
+    /// Exchange the roles of a pair without loss, and say how long writes paused. Safe to repeat.
+    #[command(
+        after_help = "Example:\n  understudy --primary http://a:7400 --backup http://b:7400 switchover\n\nIf the backup does not catch up in time the primary goes on as before. If a later step fails, nobody serves until\nthe same command is run again."
+    )]
+    Switchover(SwitchoverArgs),
+    /// After a loss or a split: see and export what a primary never shipped, or give it up.
+    #[command(
+        after_help = "Examples:\n  understudy resolve --list\n  understudy resolve --export lost.img --volume data\n  understudy --primary http://a:7400 resolve --discard primary"
+    )]
+    Resolve(ResolveArgs),
+    /// Run the service that a data directory is for, and the other one after a change of role.
+    #[command(
+        after_help = "Example:\n  understudy node --data-dir /var/lib/understudy --role primary --peer http://b:7400 -- --listen 127.0.0.1:7400"
+    )]
+    Node(NodeArgs),
     /// Print the completions of a shell.
     #[command(after_help = "Example:\n  understudy completions bash > /etc/bash_completion.d/understudy")]
     Completions {
@@ -210,7 +272,7 @@ pub(crate) struct ImportArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ExportArgs {
-    /// Volume to read.
+    /// VOLUME or VOLUME@SNAPSHOT to read.
     pub(crate) volume: String,
     /// File to write; it is replaced.
     pub(crate) file: PathBuf,
@@ -249,11 +311,182 @@ pub(crate) struct ReadArgs {
     pub(crate) from_backup: bool,
 }
 
+/// `TARGET@SNAPSHOT`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Named {
+    /// A volume or a group.
+    pub(crate) target: String,
+    /// Name of the snapshot.
+    pub(crate) snapshot: String,
+}
+
+fn named(text: &str) -> Result<Named, String> {
+    match text.split_once('@') {
+        Some((target, snapshot)) if !target.is_empty() && !snapshot.is_empty() => {
+            Ok(Named { target: target.to_owned(), snapshot: snapshot.to_owned() })
+        }
+        _ => Err("write TARGET@SNAPSHOT, as data@monday".to_owned()),
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Take a snapshot of every volume of a group at one instant, on both sides.
+    #[command(after_help = "Examples:
+  understudy snapshot create data@monday
+  understudy snapshot create data@clean --freeze /mnt/data
+  understudy snapshot create db@nightly --before 'psql -c checkpoint' --after 'echo done'")]
+    Create {
+        /// A group, or a volume of it, and the name of the snapshot.
+        #[arg(value_parser = named, value_name = "TARGET@SNAPSHOT")]
+        snapshot: Named,
+        /// Freeze the file system mounted here meanwhile (fsfreeze), so that it is clean in the snapshot.
+        #[arg(long, value_name = "MOUNTPOINT")]
+        freeze: Option<PathBuf>,
+        /// Command of the shell to run before; if it fails nothing is taken.
+        #[arg(long, value_name = "COMMAND")]
+        before: Option<String>,
+        /// Command of the shell to run afterwards, also when taking it has failed.
+        #[arg(long, value_name = "COMMAND")]
+        after: Option<String>,
+    },
+    /// List snapshots.
+    #[command(after_help = "Examples:\n  understudy snapshot list\n  understudy snapshot list data --from-backup")]
+    List {
+        /// A group, or a volume of it [default: every group].
+        group: Option<String>,
+        /// Those that the backup holds.
+        #[arg(long)]
+        from_backup: bool,
+    },
+    /// Delete a snapshot, on both sides; the others stay as they are.
+    #[command(after_help = "Example:\n  understudy snapshot delete data@monday")]
+    Delete {
+        /// A group, or a volume of it, and the name of the snapshot.
+        #[arg(value_parser = named, value_name = "TARGET@SNAPSHOT")]
+        snapshot: Named,
+    },
+    /// Make a volume what it was in a snapshot, by writing the blocks that differ. It is not served meanwhile.
+    #[command(
+        after_help = "Examples:\n  understudy snapshot restore data@monday\n  understudy snapshot restore db@nightly --group"
+    )]
+    Restore {
+        /// A volume (with --group a group) and the name of the snapshot.
+        #[arg(value_parser = named, value_name = "TARGET@SNAPSHOT")]
+        snapshot: Named,
+        /// Every volume of the group.
+        #[arg(long)]
+        group: bool,
+    },
+    /// Make a new volume with the content of a snapshot.
+    #[command(after_help = "Example:\n  understudy snapshot clone data@monday data-test")]
+    Clone {
+        /// A volume and the name of the snapshot.
+        #[arg(value_parser = named, value_name = "VOLUME@SNAPSHOT")]
+        snapshot: Named,
+        /// Name of the new volume.
+        name: String,
+        /// Group of the new volume [default: its own].
+        #[arg(long, default_value = "")]
+        group: String,
+    },
+    /// Show the ranges that differ between a snapshot and a newer one, or the volume as it is.
+    #[command(
+        after_help = "Examples:\n  understudy snapshot diff data@monday\n  understudy --json snapshot diff data@monday tuesday"
+    )]
+    Diff {
+        /// A volume and the name of the older snapshot.
+        #[arg(value_parser = named, value_name = "VOLUME@SNAPSHOT")]
+        base: Named,
+        /// Name of the newer snapshot [default: the volume as it is].
+        target: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CloneCommand {
+    /// Make one, and serve it on the backup's listener as a volume.
+    #[command(
+        after_help = "Examples:\n  understudy --backup http://b:7500 clone create data try\n  understudy --backup http://b:7500 clone create data --snapshot monday try\n  understudy --primary http://b:7500 export try try.img"
+    )]
+    Create {
+        /// A volume.
+        volume: String,
+        /// Name of the clone.
+        name: String,
+        /// Of this snapshot instead of the newest image.
+        #[arg(long, value_name = "SNAPSHOT", default_value = "", hide_default_value = true)]
+        snapshot: String,
+    },
+    /// List them.
+    #[command(after_help = "Example:\n  understudy --backup http://b:7500 clone list")]
+    List,
+    /// Discard one, with all that was written to it.
+    #[command(after_help = "Example:\n  understudy --backup http://b:7500 clone delete try")]
+    Delete {
+        /// Its name.
+        name: String,
+    },
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum PoolCommand {
-    /// Show the devices and their space.
-    #[command(after_help = "Example:\n  understudy pool show")]
-    Show,
+    /// Show the devices and their space, or where segments lie.
+    #[command(
+        after_help = "Examples:\n  understudy pool show\n  understudy pool show --on backup\n  understudy pool show --segments --volume data"
+    )]
+    Show {
+        /// Whose pool.
+        #[arg(long, value_enum, default_value = "primary")]
+        on: PoolSide,
+        /// One line for each segment of a volume: where it lies, and how many of its blocks are there.
+        #[arg(long)]
+        segments: bool,
+        /// With --segments: of this volume only.
+        #[arg(long, requires = "segments")]
+        volume: Option<String>,
+    },
+    /// Add a file or a block device to the pool, while it is in use.
+    #[command(
+        after_help = "Examples:\n  understudy pool add /srv/pool-2 --size 64GiB\n  understudy pool add /dev/nvme1n1\n  understudy pool add /srv/pool-2 --on backup"
+    )]
+    Add {
+        /// On the side's machine. Below /dev/ a block device, else a file, which is made.
+        path: String,
+        /// Allocated at once [default: a file grows up to pool.max, a block device is used whole].
+        #[arg(long, value_parser = parse_bytes)]
+        size: Option<u64>,
+        /// Whose pool.
+        #[arg(long, value_enum, default_value = "primary")]
+        on: PoolSide,
+    },
+    /// Move everything off a device and take it out of the pool, while it is in use. May be interrupted, also by a restart
+    /// of the service, and called again.
+    #[command(
+        after_help = "Examples:\n  understudy pool drain /srv/pool-1\n  understudy pool drain /srv/pool-1 --cancel"
+    )]
+    Drain {
+        /// As `pool show` names it.
+        path: String,
+        /// Whose pool.
+        #[arg(long, value_enum, default_value = "primary")]
+        on: PoolSide,
+        /// Use the device again; what was moved stays where it is.
+        #[arg(long, conflicts_with = "no_wait")]
+        cancel: bool,
+        /// Return when the drain has begun; `pool show` tells how far it is.
+        #[arg(long)]
+        no_wait: bool,
+    },
+}
+
+/// One of the pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PoolSide {
+    /// The primary.
+    Primary,
+    /// The backup.
+    Backup,
 }
 
 #[derive(Debug, Args)]
@@ -302,6 +535,39 @@ pub(crate) struct InspectArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct ScrubArgs {
+    /// Volume to scrub [default: everything].
+    pub(crate) volume: Option<String>,
+    /// Begin none: show how it is doing.
+    #[arg(long)]
+    pub(crate) status: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// Volume to compare [default: every volume].
+    pub(crate) volume: Option<String>,
+    /// Write blocks that differ once more, as the primary holds them.
+    #[arg(long)]
+    pub(crate) repair: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FsckArgs {
+    /// The data directory.
+    pub(crate) dir: PathBuf,
+    /// Read every block and compare it with its checksum.
+    #[arg(long)]
+    pub(crate) data: bool,
+    /// Directory of the journal [default: DIR/journal].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) staging_path: Option<PathBuf>,
+    /// A device of the pool, each in its order [default: where the last checkpoint says].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) device: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct HealthArgs {
     /// Whom to ask.
     #[arg(long, value_enum, default_value = "both")]
@@ -314,6 +580,10 @@ pub(crate) enum Pattern {
     Sequential,
     /// Any block.
     Random,
+    /// Nine of ten in the first hundredth, the others anywhere.
+    HotSpot,
+    /// The nth block with a weight of about 1/n.
+    Zipfian,
 }
 
 #[derive(Debug, Args)]
@@ -342,12 +612,18 @@ pub(crate) struct BenchArgs {
     /// Keep a volume made here.
     #[arg(long)]
     pub(crate) keep: bool,
+    /// Write the whole volume once before measuring, so that no write allocates.
+    #[arg(long)]
+    pub(crate) fill: bool,
     /// One RPC a write instead of one stream.
     #[arg(long)]
     pub(crate) unary: bool,
     /// Seed of offsets and data.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
+    /// Keep what was written when, as an fio iolog that `policy simulate` reads.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -4,17 +4,22 @@
 //! making them costs nothing. Latency is from handing the write to the client until its answer.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
+use clap::ValueEnum as _;
 use hdrhistogram::Histogram;
-use rand::{Rng as _, RngCore as _, SeedableRng as _};
+use rand::{RngCore as _, SeedableRng as _};
 use rand_pcg::Pcg64Mcg;
 use serde_json::{Value, json};
 use tonic::Code;
 use understudy_client::proto::{DeleteVolumeRequest, Position};
 use understudy_client::{Client, ClientError, PendingWrite, VolumeHandle, WriteStreamConfig, Written};
+use understudy_common::policy::simulate;
 
 use crate::args::{BenchArgs, Global, Pattern, Usage};
 use crate::commands::copy_in;
@@ -23,6 +28,9 @@ use crate::output::{per_second, print_json, print_line, rate, size};
 
 /// How long the backup may take to acknowledge the rest.
 const SETTLE_LIMIT: Duration = Duration::from_secs(600);
+
+/// One write of `--fill`: large, and below what is written to segments of its own.
+const FILL_BYTES: u64 = 128 << 10;
 
 /// What was measured.
 struct Measured {
@@ -56,12 +64,22 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> Result<()> {
 
 async fn measure(global: &Global, client: &Client, volume: &VolumeHandle, args: &BenchArgs) -> Result<Value> {
     let mut source = Source::new(args, volume.volume().size_bytes)?;
+    if args.fill {
+        fill(volume, &source.pool).await?;
+        volume.flush().await?;
+        if global.backup.is_some() {
+            until_acked(client, volume.volume().id).await?;
+        }
+    }
     let measured =
         if args.unary { unary(volume, args, &mut source).await? } else { streamed(volume, args, &mut source).await? };
+    if let Some(path) = &args.trace {
+        source.write_trace(path).with_context(|| format!("cannot write {}", path.display()))?;
+    }
     let bytes = measured.writes * args.block;
     let mut report = json!({
         "mode": if args.unary { "unary" } else { "stream" },
-        "pattern": match args.pattern { Pattern::Sequential => "sequential", Pattern::Random => "random" },
+        "pattern": args.pattern.to_possible_value().map(|value| value.get_name().to_owned()),
         "block_bytes": args.block,
         "in_flight": args.in_flight,
         "seconds": measured.time.as_secs_f64(),
@@ -93,14 +111,38 @@ async fn measure(global: &Global, client: &Client, volume: &VolumeHandle, args: 
     Ok(report)
 }
 
+/// Writes the whole volume once.
+async fn fill(volume: &VolumeHandle, pool: &Bytes) -> Result<()> {
+    let stream = volume.write_stream();
+    let size = volume.volume().size_bytes;
+    let mut pending = VecDeque::new();
+    let mut offset = 0;
+    while offset < size {
+        let length = FILL_BYTES.min(size - offset);
+        pending.push_back(stream.write(offset, pool.slice(..usize::try_from(length)?)).await?);
+        offset += length;
+        if pending.len() == 64
+            && let Some(oldest) = pending.pop_front()
+        {
+            oldest.await?;
+        }
+    }
+    for write in pending {
+        write.await?;
+    }
+    Ok(stream.finish().await?)
+}
+
 /// Offsets and data of the writes to come.
 struct Source {
     rng: Pcg64Mcg,
     pool: Bytes,
-    blocks: u64,
     next: u64,
     block: usize,
-    pattern: Pattern,
+    pattern: simulate::Pattern,
+    start: Instant,
+    /// When each write was made, and of which block; `None` if nobody asked for it.
+    trace: Option<Vec<(Duration, u64)>>,
 }
 
 impl Source {
@@ -113,18 +155,34 @@ impl Source {
         let mut rng = Pcg64Mcg::seed_from_u64(args.seed);
         let mut pool = vec![0; block + (1 << 20)];
         rng.fill_bytes(&mut pool);
-        let (pool, blocks) = (pool.into(), volume_bytes / args.block);
-        Ok(Self { rng, pool, blocks, next: 0, block, pattern: args.pattern })
+        let all = volume_bytes / args.block;
+        let pattern = match args.pattern {
+            Pattern::Sequential => simulate::Pattern::Sequential(all),
+            Pattern::Random => simulate::Pattern::Uniform(all),
+            Pattern::HotSpot => simulate::Pattern::HotSpot { hot: (all / 100).max(1), all },
+            Pattern::Zipfian => simulate::Pattern::Zipf(all),
+        };
+        let trace = args.trace.as_ref().map(|_| Vec::new());
+        Ok(Self { rng, pool: pool.into(), next: 0, block, pattern, start: Instant::now(), trace })
     }
 
     fn next(&mut self) -> (u64, Bytes) {
         let shift = usize::try_from(self.next % (1 << 16)).unwrap_or(0) * 16;
-        let number = match self.pattern {
-            Pattern::Sequential => self.next % self.blocks,
-            Pattern::Random => self.rng.random_range(0..self.blocks),
-        };
+        let number = self.pattern.block(self.next, &mut self.rng);
         self.next += 1;
+        if let Some(trace) = &mut self.trace {
+            trace.push((self.start.elapsed(), number));
+        }
         (number * self.block as u64, self.pool.slice(shift..shift + self.block))
+    }
+
+    fn write_trace(&self, path: &Path) -> std::io::Result<()> {
+        let mut file = BufWriter::new(File::create(path)?);
+        writeln!(file, "fio version 3 iolog")?;
+        for (at, number) in self.trace.iter().flatten() {
+            writeln!(file, "{} bench write {} {}", at.as_micros(), number * self.block as u64, self.block)?;
+        }
+        file.flush()
     }
 }
 

@@ -2,9 +2,10 @@
 
 use serde_json::{Value, json};
 use understudy_client::proto::{
-    AckRule, AwayRule, Durability, Event, LinkStatus, Mode, Phase, Pool, Position, RecoveryPoint, StagingStatus,
-    Status, Volume, VolumePosition, VolumeStatus,
+    AckRule, AwayRule, DeviceState, Durability, Event, LaneStatus, LinkStatus, Mode, Phase, Pool, PoolDevice, Position,
+    RecoveryPoint, StagingStatus, Status, Volume, VolumePosition, VolumeStatus,
 };
+use understudy_proto::json as wire;
 
 use crate::args::{Ack, Away};
 use crate::output::time;
@@ -76,6 +77,11 @@ pub(crate) fn position(position: Option<Position>) -> Value {
     position.map_or(Value::Null, |p| json!({"generation": p.generation, "lsn": p.lsn}))
 }
 
+/// As `1:42`; a dash where there is none.
+pub(crate) fn position_text(position: Option<Position>) -> String {
+    position.map_or_else(|| "-".to_owned(), |p| format!("{}:{}", p.generation, p.lsn))
+}
+
 pub(crate) fn volume(v: &Volume) -> Value {
     json!({
         "id": v.id,
@@ -91,14 +97,48 @@ pub(crate) fn volume(v: &Volume) -> Value {
 }
 
 pub(crate) fn pool(p: &Pool) -> Value {
-    let device = |d: &understudy_client::proto::PoolDevice| json!({"id": d.id, "path": d.path, "size_bytes": d.size_bytes, "free_bytes": d.free_bytes});
     json!({
         "segment_bytes": p.segment_bytes,
         "total_bytes": p.total_bytes,
         "free_bytes": p.free_bytes,
         "reserved_bytes": p.reserved_bytes,
-        "devices": p.devices.iter().map(device).collect::<Vec<_>>(),
+        "used_bytes": p.used_bytes,
+        "promised_bytes": p.promised_bytes,
+        "promised_ratio": share(p.promised_bytes, p.total_bytes),
+        "warn_at": p.warn_at,
+        "stop_at": p.stop_at,
+        "drain_lacks_room": p.drain_lacks_room,
+        "devices": p.devices.iter().map(pool_device).collect::<Vec<_>>(),
     })
+}
+
+pub(crate) fn pool_device(d: &PoolDevice) -> Value {
+    json!({
+        "id": d.id,
+        "path": d.path,
+        "size_bytes": d.size_bytes,
+        "free_bytes": d.free_bytes,
+        "live_bytes": d.live_bytes,
+        "waiting_bytes": d.waiting_bytes,
+        "state": device_state(d.state()),
+    })
+}
+
+pub(crate) fn device_state(state: DeviceState) -> &'static str {
+    match state {
+        DeviceState::Unspecified => "unknown",
+        DeviceState::Joining => "joining",
+        DeviceState::Serving => "serving",
+        DeviceState::Draining => "draining",
+        DeviceState::Removing => "removing",
+        DeviceState::Removed => "removed",
+    }
+}
+
+/// How many times the second is in the first.
+#[allow(clippy::cast_precision_loss, reason = "shown with two digits")]
+pub(crate) fn share(part: u64, whole: u64) -> f64 {
+    part as f64 / whole.max(1) as f64
 }
 
 pub(crate) fn event(e: &Event) -> Value {
@@ -149,8 +189,13 @@ fn volume_status(v: &VolumeStatus) -> Value {
         "cause": v.cause,
         "phase": phase(v.phase()),
         "position": v.position.as_ref().map(volume_position),
+        "dirty_blocks": v.dirty_blocks,
         "bytes_at_risk": v.bytes_at_risk,
+        "redundancy": v.redundancy.as_ref().map(wire::redundancy),
+        "last_run": v.last_run.as_ref().map(wire::last_run),
+        "run": v.run.as_ref().map(wire::run_progress),
         "recovery_point": v.recovery_point.as_ref().map(recovery_point),
+        "lanes": v.lanes.iter().map(lane).collect::<Vec<_>>(),
         "consistent": v.consistent,
     })
 }
@@ -162,6 +207,16 @@ fn volume_position(p: &VolumePosition) -> Value {
         "sent": position(p.sent),
         "acked": position(p.acked),
         "applied": position(p.applied),
+    })
+}
+
+fn lane(l: &LaneStatus) -> Value {
+    json!({
+        "lane": l.lane,
+        "name": l.name,
+        "class": l.class,
+        "recovery_point": l.recovery_point.as_ref().map(recovery_point),
+        "retained_bytes": l.retained_bytes,
     })
 }
 
@@ -210,8 +265,13 @@ mod tests {
             "/volumes/0/block_bytes",
             "/volumes/0/cause",
             "/volumes/0/position/next",
+            "/volumes/0/dirty_blocks",
             "/volumes/0/bytes_at_risk",
+            "/volumes/0/redundancy",
+            "/volumes/0/last_run",
+            "/volumes/0/run",
             "/volumes/0/recovery_point/age_seconds",
+            "/volumes/0/lanes",
             "/volumes/0/consistent",
         ] {
             assert!(status.pointer(pointer).is_some(), "{pointer} is missing");

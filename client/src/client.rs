@@ -14,6 +14,7 @@ use understudy_proto::v1::block_service_client::BlockServiceClient;
 use crate::backoff::Backoff;
 use crate::config::{ClientConfig, TlsFiles};
 use crate::error::{ClientError, describe, is_loss, was_not_sent};
+use crate::read::ReadStream;
 use crate::sequence::Sequences;
 use crate::services::{BackupClient, ReplicationClient, VolumeClient};
 use crate::volume::VolumeHandle;
@@ -119,6 +120,12 @@ impl Client {
     #[must_use]
     pub fn backup(&self) -> BackupClient {
         BackupClient::new(self.clone())
+    }
+
+    /// Reads a volume of a snapshot, as of `range`.
+    #[must_use]
+    pub fn read_snapshot(&self, volume: &str, snapshot: &str, range: std::ops::Range<u64>) -> ReadStream {
+        ReadStream::of_snapshot(self.clone(), volume.to_owned(), snapshot.to_owned(), range)
     }
 
     /// Looks a volume up by name and gives access to its blocks.

@@ -40,7 +40,7 @@ pub use client::Client;
 pub use config::{ClientConfig, TlsFiles};
 pub use error::ClientError;
 pub use read::{Chunk, Content, ReadStream};
-pub use services::{BackupClient, EventStream, ReplicationClient, VolumeClient};
+pub use services::{BackupClient, EventStream, ReplicationClient, VerifyStream, VolumeClient};
 pub use stream::{PendingWrite, WriteStream, WriteStreamConfig};
 pub use volume::{VolumeHandle, Written};
 

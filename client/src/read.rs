@@ -64,8 +64,18 @@ pub struct ReadStream {
 
 #[derive(Debug)]
 enum Source {
-    Head { volume_id: u64 },
-    Image { volume: String },
+    Head {
+        volume_id: u64,
+    },
+    /// A snapshot on the primary: as the head, it can be read on after a loss.
+    Snapshot {
+        volume: String,
+        snapshot: String,
+    },
+    Image {
+        volume: String,
+        snapshot: String,
+    },
 }
 
 #[derive(Debug)]
@@ -87,9 +97,14 @@ impl ReadStream {
         }
     }
 
-    pub(crate) fn of_image(client: Client, volume: String, range: Range<u64>) -> Self {
+    pub(crate) fn of_snapshot(client: Client, volume: String, snapshot: String, range: Range<u64>) -> Self {
+        let (done, next, end) = (range.is_empty(), range.start, Some(range.end));
+        Self { client, source: Source::Snapshot { volume, snapshot }, next, end, answers: None, done }
+    }
+
+    pub(crate) fn of_image(client: Client, volume: String, snapshot: String, range: Range<u64>) -> Self {
         let end = (!range.is_empty()).then_some(range.end);
-        Self { client, source: Source::Image { volume }, next: range.start, end, answers: None, done: false }
+        Self { client, source: Source::Image { volume, snapshot }, next: range.start, end, answers: None, done: false }
     }
 
     /// The next chunk; `None` after the last byte of the range.
@@ -108,7 +123,7 @@ impl ReadStream {
             };
             self.answers = None;
             let pause = backoff.next();
-            let resumable = matches!(self.source, Source::Head { .. });
+            let resumable = matches!(self.source, Source::Head { .. } | Source::Snapshot { .. });
             if !resumable || !is_loss(&status) || start.elapsed() + pause > config.retry_for {
                 self.done = true;
                 return Err(ClientError::rpc("ReadBlocks", status));
@@ -149,29 +164,29 @@ impl ReadStream {
     async fn open(&self) -> Result<Answers, ClientError> {
         let offset_bytes = self.next;
         let length_bytes = self.end.map_or(0, |end| end - self.next);
-        match &self.source {
-            Source::Head { volume_id } => {
-                let (volume_id, volume) = (*volume_id, String::new());
-                let message = ReadBlocksRequest { volume_id, volume, offset_bytes, length_bytes, chunk_bytes: 0 };
-                let send = |mut request: tonic::Request<_>| {
-                    // A long read outlives the bound of one request; silence is watched chunk by chunk.
-                    request.metadata_mut().remove("grpc-timeout");
-                    let mut blocks = self.client.blocks();
-                    async move { blocks.read_blocks(request).await }
-                };
-                self.client.call("ReadBlocks", Repeat::Safe, message, send).await.map(Answers::Head)
+        let (volume_id, volume, snapshot) = match &self.source {
+            Source::Head { volume_id } => (*volume_id, String::new(), String::new()),
+            Source::Snapshot { volume, snapshot } | Source::Image { volume, snapshot } => {
+                (0, volume.clone(), snapshot.clone())
             }
-            Source::Image { volume } => {
-                let (volume_id, volume) = (0, volume.clone());
-                let message = ReadImageRequest { volume_id, volume, offset_bytes, length_bytes, chunk_bytes: 0 };
-                let send = |mut request: tonic::Request<_>| {
-                    request.metadata_mut().remove("grpc-timeout");
-                    let mut backup = self.client.backup().service();
-                    async move { backup.read_blocks(request).await }
-                };
-                self.client.call("ReadBlocks", Repeat::Safe, message, send).await.map(Answers::Image)
-            }
+        };
+        // A long read outlives the bound of one request; silence is watched chunk by chunk.
+        if let Source::Image { .. } = self.source {
+            let message = ReadImageRequest { volume_id, volume, offset_bytes, length_bytes, chunk_bytes: 0, snapshot };
+            let send = |mut request: tonic::Request<_>| {
+                request.metadata_mut().remove("grpc-timeout");
+                let mut backup = self.client.backup().service();
+                async move { backup.read_blocks(request).await }
+            };
+            return self.client.call("ReadBlocks", Repeat::Safe, message, send).await.map(Answers::Image);
         }
+        let message = ReadBlocksRequest { volume_id, volume, offset_bytes, length_bytes, chunk_bytes: 0, snapshot };
+        let send = |mut request: tonic::Request<_>| {
+            request.metadata_mut().remove("grpc-timeout");
+            let mut blocks = self.client.blocks();
+            async move { blocks.read_blocks(request).await }
+        };
+        self.client.call("ReadBlocks", Repeat::Safe, message, send).await.map(Answers::Head)
     }
 
     fn accept(&mut self, chunk: Chunk) -> Result<Chunk, ClientError> {

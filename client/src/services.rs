@@ -8,9 +8,17 @@ use understudy_proto::v1::backup_service_client::BackupServiceClient;
 use understudy_proto::v1::replication_service_client::ReplicationServiceClient;
 use understudy_proto::v1::volume_service_client::VolumeServiceClient;
 use understudy_proto::v1::{
-    CreateVolumeRequest, DeleteVolumeRequest, Event, GetPoolRequest, GetStatusRequest, GetVolumeRequest, Group,
-    ListGroupsRequest, ListVolumesRequest, Pool, ResizeVolumeRequest, SetAckRuleRequest, Status as PairStatus, Volume,
-    WatchEventsRequest,
+    AbortRunRequest, AbortRunResponse, AddDeviceRequest, ChangedBlocks, CloneImageRequest, CloneInfo,
+    CloneSnapshotRequest, CopyProgress, CreateVolumeRequest, DeleteCloneRequest, DeleteCloneResponse,
+    DeleteSnapshotRequest, DeleteSnapshotResponse, DeleteVolumeRequest, DemoteRequest, DemoteResponse,
+    DrainDeviceRequest, Event, ExplainRequest, ExplainResponse, GetChangedBlocksRequest, GetPolicyRequest,
+    GetPoolRequest, GetStatusRequest, GetUnshippedRequest, GetVolumeRequest, Group, ListClonesRequest,
+    ListClonesResponse, ListGroupsRequest, ListSegmentsRequest, ListSegmentsResponse, ListSnapshotsRequest,
+    ListSnapshotsResponse, ListVolumesRequest, Policy, Pool, PoolDevice, PromoteRequest, PromoteResponse,
+    RenewLeaseRequest, RenewLeaseResponse, ResizeVolumeRequest, ResolveSplitBrainRequest, ResolveSplitBrainResponse,
+    RestoreSnapshotRequest, ScrubRequest, ScrubResponse, SetAckRuleRequest, SetModeRequest, SetModeResponse,
+    SetPolicyRequest, SnapshotInfo, SnapshotRequest, StartDeltaRequest, StartDeltaResponse, Status as PairStatus,
+    Unshipped, VerifyProgress, VerifyRequest, Volume, WatchEventsRequest,
 };
 
 use crate::client::{Client, Repeat};
@@ -25,6 +33,24 @@ macro_rules! unary {
         /// What the server refused, or its loss.
         pub async fn $name(&self, message: $message) -> Result<$answer, ClientError> {
             let send = |request: Request<$message>| {
+                let mut service = self.service();
+                async move { service.$rpc(request).await }
+            };
+            self.client.call($label, $repeat, message, send).await
+        }
+    };
+}
+
+macro_rules! stream {
+    ($(#[$doc:meta])* $name:ident, $rpc:ident, $label:literal, $repeat:expr, $message:ty => $answer:ty) => {
+        $(#[$doc])*
+        ///
+        /// # Errors
+        /// What the server refused, or its loss.
+        pub async fn $name(&self, message: $message) -> Result<Streaming<$answer>, ClientError> {
+            let send = |mut request: Request<$message>| {
+                // It outlives the bound of one request.
+                request.metadata_mut().remove("grpc-timeout");
                 let mut service = self.service();
                 async move { service.$rpc(request).await }
             };
@@ -63,6 +89,32 @@ impl VolumeClient {
     unary!(
         /// Changes when writes are acknowledged, from the next write on.
         set_ack_rule, set_ack_rule, "SetAckRule", Repeat::Safe, SetAckRuleRequest => Volume
+    );
+
+    unary!(
+        /// Takes a snapshot of a group. Not repeated once sent: after a loss, look whether it exists.
+        snapshot, snapshot, "Snapshot", Repeat::Unsent, SnapshotRequest => SnapshotInfo
+    );
+    unary!(
+        /// The snapshots of a group, or of every group.
+        snapshots, list_snapshots, "ListSnapshots", Repeat::Safe, ListSnapshotsRequest => ListSnapshotsResponse
+    );
+    unary!(
+        /// Deletes a snapshot. Not repeated once sent: after a loss, look whether it exists.
+        delete_snapshot, delete_snapshot, "DeleteSnapshot", Repeat::Unsent,
+        DeleteSnapshotRequest => DeleteSnapshotResponse
+    );
+    stream!(
+        /// Makes volumes what they were in a snapshot: the answers tell its progress. The copy does not end with them.
+        restore_snapshot, restore_snapshot, "RestoreSnapshot", Repeat::Unsent, RestoreSnapshotRequest => CopyProgress
+    );
+    stream!(
+        /// Makes a volume with the content of a snapshot: the answers tell its progress.
+        clone_snapshot, clone_snapshot, "CloneSnapshot", Repeat::Unsent, CloneSnapshotRequest => CopyProgress
+    );
+    stream!(
+        /// Ranges that differ between a snapshot and a newer one, or the head.
+        changed_blocks, get_changed_blocks, "GetChangedBlocks", Repeat::Safe, GetChangedBlocksRequest => ChangedBlocks
     );
 
     /// All volumes.
@@ -112,6 +164,19 @@ impl VolumeClient {
         };
         self.client.call("GetPool", Repeat::Safe, GetPoolRequest {}, send).await
     }
+
+    unary!(
+        /// Adds a device to the pool. Not repeated once sent: after a loss, look at the pool.
+        add_device, add_device, "AddDevice", Repeat::Unsent, AddDeviceRequest => PoolDevice
+    );
+    unary!(
+        /// Begins to drain a device, or ends that.
+        drain_device, drain_device, "DrainDevice", Repeat::Safe, DrainDeviceRequest => PoolDevice
+    );
+    unary!(
+        /// Where segments lie, a part at a time.
+        segments, list_segments, "ListSegments", Repeat::Safe, ListSegmentsRequest => ListSegmentsResponse
+    );
 }
 
 /// How the pair is doing, as the primary sees it.
@@ -141,10 +206,95 @@ impl ReplicationClient {
         self.client.call("GetStatus", Repeat::Safe, GetStatusRequest {}, send).await
     }
 
+    unary!(
+        /// Begins a run of a group in delta mode. Not repeated once sent: after a loss, look whether one is open.
+        start_delta, start_delta, "StartDelta", Repeat::Unsent, StartDeltaRequest => StartDeltaResponse
+    );
+    unary!(
+        /// Aborts the open run of a group. Not repeated once sent: it might abort the next one.
+        abort_delta, abort_delta, "AbortDelta", Repeat::Unsent, AbortRunRequest => AbortRunResponse
+    );
+    unary!(
+        /// Forces delta mode, or leaves the mode to the policy again.
+        set_mode, set_mode, "SetMode", Repeat::Safe, SetModeRequest => SetModeResponse
+    );
+    unary!(
+        /// Changes settings of the mode policy.
+        set_policy, set_policy, "SetPolicy", Repeat::Safe, SetPolicyRequest => Policy
+    );
+    unary!(
+        /// The mode policy in force.
+        policy, get_policy, "GetPolicy", Repeat::Safe, GetPolicyRequest => Policy
+    );
+    unary!(
+        /// Why groups are in their modes.
+        explain, explain, "Explain", Repeat::Safe, ExplainRequest => ExplainResponse
+    );
+    unary!(
+        /// Begins a scrub on both sides, or tells how it is doing. One that is under way goes on.
+        scrub, scrub, "Scrub", Repeat::Safe, ScrubRequest => ScrubResponse
+    );
+
+    /// Compares both sides. Not repeated once begun.
+    ///
+    /// # Errors
+    /// What the server refused, or its loss.
+    pub async fn verify(&self, message: VerifyRequest) -> Result<VerifyStream, ClientError> {
+        let send = |mut request: Request<VerifyRequest>| {
+            // It takes as long as the volumes are large; the connection's keepalive notices a lost peer.
+            request.metadata_mut().remove("grpc-timeout");
+            let mut service = self.service();
+            async move { service.verify(request).await }
+        };
+        Ok(VerifyStream(self.client.call("Verify", Repeat::Unsent, message, send).await?))
+    }
+
+    unary!(
+        /// Makes the primary a backup. Not repeated once sent: after a loss, look what it is.
+        demote, demote, "Demote", Repeat::Unsent, DemoteRequest => DemoteResponse
+    );
+    unary!(
+        /// Extends the lease.
+        renew_lease, renew_lease, "RenewLease", Repeat::Safe, RenewLeaseRequest => RenewLeaseResponse
+    );
+    unary!(
+        /// Gives up the changes of a primary after a split. Not repeated once sent.
+        resolve_split_brain, resolve_split_brain, "ResolveSplitBrain", Repeat::Unsent,
+        ResolveSplitBrainRequest => ResolveSplitBrainResponse
+    );
+
+    /// What the primary has acknowledged and its backup has not, range by range.
+    ///
+    /// # Errors
+    /// What the server refused, or its loss.
+    pub async fn unshipped(&self, message: GetUnshippedRequest) -> Result<Streaming<Unshipped>, ClientError> {
+        let send = |mut request: Request<GetUnshippedRequest>| {
+            // It takes as long as there is much.
+            request.metadata_mut().remove("grpc-timeout");
+            let mut service = self.service().max_decoding_message_size(self.client.config().message_bytes_max);
+            async move { service.get_unshipped(request).await }
+        };
+        self.client.call("GetUnshipped", Repeat::Safe, message, send).await
+    }
+
     /// Events with a number above `after`; 0 begins with the present state.
     #[must_use]
     pub fn events(&self, after: u64) -> EventStream {
         EventStream { client: self.client.clone(), of_backup: false, after, events: None }
+    }
+}
+
+/// How a comparison of both sides goes on.
+#[derive(Debug)]
+pub struct VerifyStream(Streaming<VerifyProgress>);
+
+impl VerifyStream {
+    /// The next message; `None` at the end.
+    ///
+    /// # Errors
+    /// What ended the comparison.
+    pub async fn next(&mut self) -> Result<Option<VerifyProgress>, ClientError> {
+        self.0.message().await.map_err(|status| ClientError::rpc("Verify", status))
     }
 }
 
@@ -176,6 +326,45 @@ impl BackupClient {
         self.client.call("GetStatus", Repeat::Safe, GetStatusRequest {}, send).await
     }
 
+    unary!(
+        /// The backup's pool.
+        pool, get_pool, "GetPool", Repeat::Safe, GetPoolRequest => Pool
+    );
+    unary!(
+        /// Adds a device to the backup's pool. Not repeated once sent: after a loss, look at the pool.
+        add_device, add_device, "AddDevice", Repeat::Unsent, AddDeviceRequest => PoolDevice
+    );
+    unary!(
+        /// Begins to drain a device of the backup's pool, or ends that.
+        drain_device, drain_device, "DrainDevice", Repeat::Safe, DrainDeviceRequest => PoolDevice
+    );
+    unary!(
+        /// Where segments of the backup's pool lie, a part at a time.
+        segments, list_segments, "ListSegments", Repeat::Safe, ListSegmentsRequest => ListSegmentsResponse
+    );
+    unary!(
+        /// Makes the backup the primary. Not repeated once sent: after a loss, look at its generation.
+        promote, promote, "Promote", Repeat::Unsent, PromoteRequest => PromoteResponse
+    );
+    unary!(
+        /// Makes a writable clone of the image of a volume on the backup, or of a snapshot. Not repeated once sent: after a
+        /// loss, look whether it exists.
+        clone_image, clone_snapshot, "CloneSnapshot", Repeat::Unsent, CloneImageRequest => CloneInfo
+    );
+    unary!(
+        /// The clones of the backup.
+        clones, list_clones, "ListClones", Repeat::Safe, ListClonesRequest => ListClonesResponse
+    );
+    unary!(
+        /// Discards a clone. Not repeated once sent: after a loss, look whether it exists.
+        delete_clone, delete_clone, "DeleteClone", Repeat::Unsent, DeleteCloneRequest => DeleteCloneResponse
+    );
+    unary!(
+        /// Gives up the changes of a backup after a split. Not repeated once sent.
+        resolve_split_brain, resolve_split_brain, "ResolveSplitBrain", Repeat::Unsent,
+        ResolveSplitBrainRequest => ResolveSplitBrainResponse
+    );
+
     /// Events with a number above `after`; 0 begins with the present state.
     #[must_use]
     pub fn events(&self, after: u64) -> EventStream {
@@ -185,8 +374,19 @@ impl BackupClient {
     /// Reads the consistent image of `volume`: all chunks are of one position. An empty range at 0 reads it whole.
     #[must_use]
     pub fn read_stream(&self, volume: &str, range: Range<u64>) -> ReadStream {
-        ReadStream::of_image(self.client.clone(), volume.to_owned(), range)
+        ReadStream::of_image(self.client.clone(), volume.to_owned(), String::new(), range)
     }
+
+    /// As [`BackupClient::read_stream`], of a snapshot.
+    #[must_use]
+    pub fn read_snapshot(&self, volume: &str, snapshot: &str, range: Range<u64>) -> ReadStream {
+        ReadStream::of_image(self.client.clone(), volume.to_owned(), snapshot.to_owned(), range)
+    }
+
+    unary!(
+        /// The snapshots of a group, or of every group, that the backup holds.
+        snapshots, list_snapshots, "ListSnapshots", Repeat::Safe, ListSnapshotsRequest => ListSnapshotsResponse
+    );
 }
 
 /// Events in the order of their numbers, resumed by number after a broken connection.

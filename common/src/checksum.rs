@@ -1,4 +1,4 @@
-//! CRC32C (Castagnoli), the checksum of blocks, records and metadata.
+//! CRC32C (Castagnoli), the checksum of blocks, records and metadata, and the digest by which runs compare.
 
 use crc_fast::{CrcAlgorithm, Digest, checksum};
 
@@ -18,6 +18,12 @@ pub fn crc32c_parts(parts: &[&[u8]]) -> u32 {
         digest.update(part);
     }
     digest.finalize() as u32
+}
+
+/// The first 16 bytes of the BLAKE3 of `data`.
+#[must_use]
+pub fn digest(data: &[u8]) -> [u8; 16] {
+    *blake3::hash(data).as_bytes().first_chunk().expect("it has 32 bytes")
 }
 
 /// True if every byte is zero.

@@ -53,7 +53,8 @@ const UNAVAILABLE: usize = 14;
 
 /// Percent-encoded, as the header wants it, which changes nothing here.
 const NOT_SERVED: &str = "this listener does not serve the method; clients are served by the primary, the replication \
-                          stream and reads of the copy by the backup";
+                          stream and reads of the copy by the backup; after a change of role look at the status of both \
+                          sides, and exchange the two addresses";
 
 /// A method that is served.
 #[derive(Debug, Clone, PartialEq, Eq)]

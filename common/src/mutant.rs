@@ -40,6 +40,76 @@ pub enum Mutant {
     NoSequenceCheck,
     /// The checkpoint is made visible before the devices are synced.
     RootBeforeDevices,
+    /// A write in delta mode does not mark its blocks.
+    NoMark,
+    /// Writes during a run mark the set that its commit clears.
+    NoFrozenSet,
+    /// A switch drops retained records without marking their blocks.
+    SwitchWithoutMarks,
+    /// Records that a switch released are trimmed before a checkpoint includes the switch.
+    TrimBeforeSwitch,
+    /// An aborted run forgets what it carried.
+    AbortForgetsFrozen,
+    /// The backup takes no snapshot before a run writes to its head.
+    NoReplicaSnapshot,
+    /// The backup takes batches and commits of a run that is over.
+    OldRunAccepted,
+    /// The backup answers a commit before it is durable.
+    CommitBeforeSync,
+    /// The backup applies stream records at or below the cut during a run.
+    StreamDuringRun,
+    /// The primary ships the group while its final round is open.
+    ShipBeforeCommit,
+    /// A run reads the head instead of the snapshot.
+    RunReadsHead,
+    /// A run reads its snapshot before the applier has passed the cut.
+    RunReadsEarly,
+    /// A run is sent before its cut is durable.
+    CutNotDurable,
+    /// Another backup, or an older copy of it, keeps the delta table of the one before.
+    KeepTableForNewBackup,
+    /// Blocks are cleared when they are sent, not when the run is committed.
+    ClearWhenSent,
+    /// A run goes on from where it was, and not from where the backup is.
+    ResumeTooFar,
+    /// A deleted volume's marks go before a checkpoint includes the record that deleted it.
+    DropMarksEarly,
+    /// A message of a run that was damaged on the way is believed.
+    TakeDamaged,
+    /// A block is repaired with what the backup holds, whether or not that is its newest version.
+    RepairUnproven,
+    /// A mismatch is taken for damage while writes in place are under way.
+    ScrubRaces,
+    /// A comparison reads the primary's head instead of its snapshot.
+    VerifyReadsHead,
+    /// A lane overtakes earlier writes of another one to the same blocks.
+    LaneConflictIgnored,
+    /// Lanes overtake control records, and are overtaken by them.
+    LaneBarrierIgnored,
+    /// The backup takes the newest position of a group for that of each lane.
+    LanePositionOfGroup,
+    /// A switch leaves snapshots that the backup does not get called mirrored.
+    SwitchKeepsMirrored,
+    /// The commit of a run leaves snapshots that the primary has deleted meanwhile.
+    KeepDeletedSnapshots,
+    /// A promotion does not raise the generation.
+    PromoteKeepsGeneration,
+    /// A primary that hears of a newer generation goes on.
+    NoFence,
+    /// A failback does not copy what the old primary had and the new one never got.
+    FailbackWithoutReport,
+    /// A promotion keeps what an unfinished run has written.
+    PromoteWithoutRollBack,
+    /// A promoted side takes a backup for one at the fork that had acknowledged more.
+    FailbackBelowAcked,
+    /// A segment that moves to another device is left behind by one of its owners only.
+    RelocateForgetsOwner,
+    /// A device goes when nobody owns a slot of it, while reads and records may still point to it.
+    RemoveDeviceEarly,
+    /// A damaged block that is moved gets a checksum that matches.
+    RelocateMendsDamage,
+    /// What a backup holds is taken for the primary's, though that runs on an old copy of its directory.
+    TakeOldCopy,
 }
 
 #[cfg(feature = "mutants")]

@@ -4,6 +4,8 @@
 //! of each of its blocks: they are computed at the client's edge and stay with the block down to the disk of the
 //! backup. The head, which holds them, is covered by the journal's own checksum. Layout: `docs/formats.md`, "Record".
 
+use std::fmt;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
@@ -11,8 +13,10 @@ use thiserror::Error;
 
 use crate::{
     checksum::crc32c,
+    lane::LANES_MAX,
     types::{
-        AckRule, AwayRule, BlockRange, BlockSize, GroupId, LayerId, Lsn, Position, SegmentId, VolumeId, VolumeSpec,
+        AckRule, AwayRule, BlockRange, BlockSize, GroupId, LayerId, Lsn, Position, SegmentId, SnapshotId, Uid,
+        VolumeId, VolumeSpec,
     },
 };
 
@@ -68,6 +72,10 @@ pub enum Control {
     CreateVolume {
         /// All of it.
         spec: VolumeSpec,
+        /// Primary: it is filled from this snapshot, from that volume of it, and not served until that is done. It does
+        /// not travel.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fill: Option<(SnapshotId, VolumeId)>,
     },
     /// A larger size.
     ResizeVolume {
@@ -105,6 +113,220 @@ pub enum Control {
         /// The layers to go back to.
         layers: Vec<(VolumeId, LayerId)>,
     },
+    /// A snapshot that sees what another one sees.
+    PinSnapshot {
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot to make.
+        layer: LayerId,
+        /// The one that is there.
+        of: LayerId,
+    },
+    /// Nothing: its sync shows how long one takes.
+    Probe,
+    /// Primary: the group leaves continuous mode (Figs. 4, 8, 10). Every retained record becomes a mark.
+    Switch {
+        /// The group.
+        group: GroupId,
+        /// Why.
+        cause: String,
+        /// Time of the oldest change that the backup does not have, Unix milliseconds; `None` if it has all.
+        since_unix_ms: Option<i64>,
+        /// Every block of its volumes is marked: the backup holds nothing that can be built upon.
+        all: bool,
+        /// Snapshots whose records the backup does not get.
+        #[serde(default)]
+        unmirrored: Vec<SnapshotId>,
+    },
+    /// Primary: a run begins (842). The snapshot is taken and the delta table frozen.
+    Cut {
+        /// The group.
+        group: GroupId,
+        /// What for.
+        #[serde(rename = "run")]
+        kind: RunKind,
+        /// The snapshots to make.
+        layers: Vec<(VolumeId, LayerId)>,
+    },
+    /// Primary: records that were retained since the cut of a final round become marks; the run goes on as a round.
+    Demote {
+        /// The group.
+        group: GroupId,
+    },
+    /// Primary: the backup has committed the run. The frozen set and the snapshot go; after a final round the group is
+    /// in continuous mode.
+    Clear {
+        /// The group.
+        group: GroupId,
+        /// The snapshots of the run.
+        layers: Vec<LayerId>,
+    },
+    /// Primary: the run has ended without a commit. The frozen set is marked again.
+    AbortRun {
+        /// The group.
+        group: GroupId,
+        /// The snapshots of the run.
+        layers: Vec<LayerId>,
+    },
+    /// Primary: from now on the delta tables are against this backup.
+    Bind {
+        /// Its data directory.
+        instance: Uid,
+    },
+    /// Backup: a run begins (840). The snapshots are taken, and the group's head is marked as in a run.
+    BeginRun {
+        /// All of it.
+        run: Box<BeginRun>,
+    },
+    /// Backup: the primary has given the run up. The group stays in it until another one supersedes it.
+    CancelRun {
+        /// The group.
+        group: GroupId,
+    },
+    /// Backup: the group is the image and the catalogue of the cut.
+    CommitRun {
+        /// The group.
+        group: GroupId,
+        /// Volumes that the cut does not have.
+        delete: Vec<VolumeId>,
+        /// The snapshots of the run.
+        layers: Vec<LayerId>,
+    },
+    /// A snapshot of each volume of the group on both sides at this record, internal to each, to compare them. The layers
+    /// are those of the node whose journal it is in.
+    VerifySnapshot {
+        /// For this session: in a later one nobody waits for it, and the backup takes none.
+        session: Uid,
+        /// The layers to make.
+        layers: Vec<(VolumeId, LayerId)>,
+    },
+    /// A snapshot for users, of every volume of the group.
+    TakeSnapshot {
+        /// Never reused.
+        id: SnapshotId,
+        /// The group.
+        group: GroupId,
+        /// Unique in the group.
+        name: String,
+        /// The record is one of the group's chain: the backup takes it at the same position.
+        mirrored: bool,
+        /// The layers to make, of this node.
+        layers: Vec<(VolumeId, LayerId)>,
+    },
+    /// A snapshot for users is gone. Nothing, where it is not known.
+    DropSnapshot {
+        /// The snapshot.
+        id: SnapshotId,
+        /// Its layers, of this node.
+        layers: Vec<LayerId>,
+    },
+    /// Primary: volumes are filled from a snapshot, and not served until that is done.
+    BeginRestore {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// Volumes to fill, each with the volume of the snapshot it is filled from.
+        volumes: Vec<(VolumeId, VolumeId)>,
+    },
+    /// Primary: the volumes are filled.
+    EndRestore {
+        /// The volumes.
+        volumes: Vec<VolumeId>,
+    },
+    /// The backup that this directory was is a primary from here on: each group is its image from before an unfinished
+    /// run, at this record, in delta mode with nothing marked.
+    Promote {
+        /// The new generation.
+        generation: u64,
+        /// Ids given from now on are above this one: two sides of a split do not give the same.
+        ids_above: u64,
+        /// The primary before: the only backup that the empty tables fit. Nil: none does.
+        former: Uid,
+        /// The snapshots of unfinished runs, to go back to.
+        layers: Vec<(VolumeId, LayerId)>,
+        /// Volumes that unfinished runs had made and nobody has seen.
+        delete: Vec<VolumeId>,
+        /// Groups without an image.
+        drop: Vec<GroupId>,
+        /// The sizes of the volumes that stay: an unfinished run may have made them larger.
+        sizes: Vec<(VolumeId, u64)>,
+    },
+    /// The primary that this directory was is a backup from here on: each group is diverged, and its table says where.
+    StepDown {
+        /// What the backup before had acknowledged of each group.
+        acked: Vec<(GroupId, Lsn)>,
+        /// The tables do not say it: everything may differ.
+        unknown: bool,
+    },
+}
+
+/// What a run is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunKind {
+    /// An ordinary round: writes go on marking.
+    Round,
+    /// The last one before continuous mode: records are retained from the cut on.
+    Final,
+    /// As `Final`, of the blocks of the redundancy ledger (Fig. 11).
+    Redundancy,
+    /// Everything, compared by digests.
+    Full,
+}
+
+impl fmt::Display for RunKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl RunKind {
+    /// Records are retained from its cut on, and shipped after its commit.
+    #[must_use]
+    pub fn retains(self) -> bool {
+        matches!(self, Self::Final | Self::Redundancy)
+    }
+
+    /// As it is written, and shown.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Round => "round",
+            Self::Final => "final",
+            Self::Redundancy => "redundancy",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// The start of a run on the backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BeginRun {
+    /// The group.
+    pub group: GroupId,
+    /// Its name.
+    pub group_name: String,
+    /// The run: the LSN of its cut on the primary.
+    pub id: u64,
+    /// What the group's position is when the run is committed.
+    pub cut: Position,
+    /// The primary's time of the cut, Unix milliseconds.
+    pub time_unix_ms: i64,
+    /// The group's volumes at the cut.
+    pub specs: Vec<VolumeSpec>,
+    /// Snapshots to make; none if an earlier run's are still there.
+    pub layers: Vec<(VolumeId, LayerId)>,
+    /// Volumes to make in the pool.
+    pub create: Vec<VolumeSpec>,
+    /// Volumes to make larger in the pool: new size in bytes.
+    pub grow: Vec<(VolumeId, u64)>,
+    /// Volumes that an earlier run had made and that nobody has seen.
+    pub delete: Vec<VolumeId>,
+    /// The group's snapshots on the primary: any other goes with the commit.
+    #[serde(default)]
+    pub snapshots: Vec<SnapshotId>,
+    /// Volumes of a diverged group that are larger here than at the cut: what lies behind is given back.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shrink: Vec<(VolumeId, u64)>,
 }
 
 /// One record.
@@ -122,6 +344,8 @@ pub struct Record {
     pub time_unix_ms: i64,
     /// Whose request it was.
     pub client: Option<ClientSequence>,
+    /// Backup: it belongs to the group's run and not to its stream; the position is that of the cut.
+    pub in_run: bool,
     /// What it changes.
     pub op: Op,
 }
@@ -155,6 +379,7 @@ const KIND_WRITE_SEGMENTS: u8 = 2;
 const KIND_ZERO: u8 = 3;
 const KIND_CONTROL: u8 = 4;
 const FLAG_CLIENT: u8 = 1;
+const FLAG_RUN: u8 = 2;
 const PREFIX_BYTES: usize = 48;
 
 impl Record {
@@ -169,7 +394,8 @@ impl Record {
             Op::Control(_) => KIND_CONTROL,
         };
         head.put_u8(kind);
-        head.put_u8(if self.client.is_some() { FLAG_CLIENT } else { 0 });
+        let flags = if self.client.is_some() { FLAG_CLIENT } else { 0 };
+        head.put_u8(flags | if self.in_run { FLAG_RUN } else { 0 });
         head.put_u8(self.lane);
         head.put_bytes(0, 5);
         head.put_u64_le(self.position.generation);
@@ -228,12 +454,21 @@ impl Record {
         Ok(record)
     }
 
+    /// The lane of the record of a head; `None` for one that is cut short.
+    #[must_use]
+    pub fn lane_of(head: &[u8]) -> Option<u8> {
+        head.get(2).copied()
+    }
+
     /// The record of a head; the data of an inline write is left empty.
     fn decode_head(head: &[u8]) -> Result<Self, DecodeError> {
         let mut buf = head;
         let need = |buf: &[u8], n: usize| if buf.len() < n { Err(DecodeError::Short(head.len())) } else { Ok(()) };
         need(buf, PREFIX_BYTES)?;
         let (kind, flags, lane) = (buf.get_u8(), buf.get_u8(), buf.get_u8());
+        if usize::from(lane) >= LANES_MAX {
+            return Err(DecodeError::Field("lane"));
+        }
         buf.advance(5);
         let position = Position { generation: buf.get_u64_le(), lsn: Lsn(buf.get_u64_le()) };
         let previous = Lsn(buf.get_u64_le());
@@ -280,7 +515,7 @@ impl Record {
             KIND_CONTROL => Op::Control(serde_json::from_slice(buf).map_err(|_| DecodeError::Field("control"))?),
             other => return Err(DecodeError::Kind(other)),
         };
-        Ok(Self { position, previous, group, lane, time_unix_ms, client, op })
+        Ok(Self { position, previous, group, lane, time_unix_ms, client, in_run: flags & FLAG_RUN != 0, op })
     }
 
     /// Payload bytes: of whole blocks for writes, 0 otherwise.
@@ -296,6 +531,18 @@ impl Record {
     #[must_use]
     pub fn is_data(&self) -> bool {
         !matches!(self.op, Op::Control(_))
+    }
+
+    /// The blocks it changes; `None` for control records.
+    #[must_use]
+    pub fn range(&self) -> Option<BlockRange> {
+        match &self.op {
+            Op::Write { volume, first_block, crcs, .. } => {
+                Some(BlockRange { volume: *volume, first: *first_block, count: crcs.len() as u64 })
+            }
+            Op::Zero(range) => Some(*range),
+            Op::Control(_) => None,
+        }
     }
 }
 
@@ -352,6 +599,7 @@ mod tests {
             lane: 1,
             time_unix_ms: -5,
             client,
+            in_run: false,
             op,
         }
     }

@@ -161,26 +161,54 @@ pub struct Metrics {
     pub replication_ack_seconds: Histogram,
     /// Age of the recovery point; 0 when nothing acknowledged is missing on the backup.
     pub recovery_point_age_seconds: Gauge,
+    /// The same by lane, where there are several; label `lane`.
+    pub lane_recovery_point_age_seconds: GaugeVec,
+    /// Payload that the backup does not hold; label `lane`, where there are several.
+    pub lane_retained_bytes: IntGaugeVec,
     /// 1 while a session is attached.
     pub link_up: IntGauge,
     /// Round trip of the last heartbeat.
     pub link_rtt_seconds: Gauge,
+    /// Of a primary under `[lease] mode = "required"`.
+    pub lease_remaining_seconds: Gauge,
     /// Bytes of the pool; label `state` (`free`, `reserved`, `used`).
     pub pool_bytes: IntGaugeVec,
-    /// Blocks whose checksum was wrong; label `repaired` (`true`, `false`).
+    /// Writable clones that the backup serves.
+    pub clones: IntGauge,
+    /// Bytes of blocks that were written to them.
+    pub clone_bytes: IntGauge,
+    /// Sizes of all volumes.
+    pub pool_promised_bytes: IntGauge,
+    /// Blocks whose checksum was wrong: found (`repaired` is `false`), and mended or overwritten since (`true`).
     pub checksum_errors: IntCounterVec,
+    /// Unix time at which the last scrub of everything was completed; 0: never.
+    pub scrub_last_completed_timestamp_seconds: IntGauge,
     /// Group commits of the journal.
     pub journal_sync_seconds: Histogram,
     /// Checkpoints.
     pub checkpoint_seconds: Histogram,
     /// 1 for the mode a volume is in, 0 for the others; labels `volume`, `mode`.
     pub mode: IntGaugeVec,
+    /// Switches between modes; labels `from`, `to`, `cause` (of a return, the kind of the last run).
+    pub mode_transitions: IntCounterVec,
+    /// Blocks marked in the delta tables; label `volume`.
+    pub delta_dirty_blocks: IntGaugeVec,
+    /// Runs that ended; label `result` (`committed`, `aborted`).
+    pub delta_runs: IntCounterVec,
+    /// From the cut of a run to its end.
+    pub delta_run_seconds: Histogram,
+    /// What ended runs moved; label `kind` (`sent`, `skipped`, `zero`).
+    pub delta_bytes: IntCounterVec,
+    /// CR / DR of the group with the largest; 0 where nothing is retained.
+    pub redundancy_ratio: Gauge,
     /// Acknowledged bytes that the backup does not hold yet.
     pub bytes_at_risk: IntGauge,
     /// Calls that ended; labels `service`, `method`, `code`.
     pub grpc_requests: IntCounterVec,
     /// From the head of a call to its end; labels `service`, `method`.
     pub grpc_request_seconds: HistogramVec,
+    /// Events that may be missing in the data directory.
+    pub events_unwritten: IntCounter,
     /// Unix time at which the certificate of the listeners ends.
     pub tls_certificate_expiry_timestamp_seconds: IntGauge,
 }
@@ -222,13 +250,50 @@ impl Metrics {
                 "recovery_point_age_seconds",
                 "Age of the recovery point; 0 when the backup misses nothing acknowledged.",
             ),
+            lane_recovery_point_age_seconds: t.gauge_vec(
+                "lane_recovery_point_age_seconds",
+                "Age of the recovery point of a lane, where there are several.",
+                &["lane"],
+            ),
+            lane_retained_bytes: t.int_gauge_vec(
+                "lane_retained_bytes",
+                "Payload of a lane that the backup does not hold, where there are several.",
+                &["lane"],
+            ),
             link_up: t.int_gauge("link_up", "1 while a replication session is attached."),
             link_rtt_seconds: t.gauge("link_rtt_seconds", "Round trip of the last heartbeat."),
+            lease_remaining_seconds: t.gauge("lease_remaining_seconds", "What is left of the lease; 0 without one."),
+            pool_promised_bytes: t
+                .int_gauge("pool_promised_bytes", "Sizes of all volumes: what the pool has promised."),
             pool_bytes: t.int_gauge_vec("pool_bytes", "Bytes of the pool by state.", &["state"]),
-            checksum_errors: t.counter_vec("checksum_errors_total", "Blocks whose checksum was wrong.", &["repaired"]),
+            clones: t.int_gauge("clones", "Writable clones that the backup serves."),
+            clone_bytes: t.int_gauge("clone_bytes", "Bytes of blocks that were written to clones."),
+            checksum_errors: t.counter_vec(
+                "checksum_errors_total",
+                "Blocks whose checksum was wrong: found (false), and mended since (true).",
+                &["repaired"],
+            ),
+            scrub_last_completed_timestamp_seconds: t.int_gauge(
+                "scrub_last_completed_timestamp_seconds",
+                "Unix time at which the last scrub of everything was completed; 0: never.",
+            ),
             journal_sync_seconds: t.histogram("journal_sync_seconds", "Group commits of the journal.", LATENCY_SECONDS),
             checkpoint_seconds: t.histogram("checkpoint_seconds", "Duration of checkpoints.", WORK_SECONDS),
             mode: t.int_gauge_vec("mode", "1 for the mode that a volume is in.", &["volume", "mode"]),
+            mode_transitions: t.counter_vec(
+                "mode_transitions_total",
+                "Switches between modes.",
+                &["from", "to", "cause"],
+            ),
+            delta_dirty_blocks: t.int_gauge_vec(
+                "delta_dirty_blocks",
+                "Blocks marked in the delta tables.",
+                &["volume"],
+            ),
+            delta_runs: t.counter_vec("delta_runs_total", "Runs that ended.", &["result"]),
+            delta_run_seconds: t.histogram("delta_run_seconds", "From the cut of a run to its end.", WORK_SECONDS),
+            delta_bytes: t.counter_vec("delta_bytes_total", "What ended runs moved.", &["kind"]),
+            redundancy_ratio: t.gauge("redundancy_ratio", "Largest CR / DR of a group; 0 with nothing retained."),
             bytes_at_risk: t.int_gauge("bytes_at_risk", "Acknowledged bytes that the backup does not hold yet."),
             grpc_requests: t.counter_vec(
                 "grpc_requests_total",
@@ -241,6 +306,7 @@ impl Metrics {
                 LATENCY_SECONDS,
                 &["service", "method"],
             ),
+            events_unwritten: t.counter("events_unwritten_total", "Events that may be missing in the data directory."),
             tls_certificate_expiry_timestamp_seconds: t.int_gauge(
                 "tls_certificate_expiry_timestamp_seconds",
                 "Unix time at which the certificate of the listeners ends; 0 without TLS.",
@@ -261,6 +327,7 @@ impl Metrics {
             // An error says that it was never shown.
             let _ = self.mode.remove_label_values(&[volume, known]);
         }
+        let _ = self.delta_dirty_blocks.remove_label_values(&[volume]);
     }
 
     /// Shows when a certificate ends.

@@ -31,6 +31,10 @@ id!(
     LayerId
 );
 id!(
+    /// A snapshot for users, of the volumes of a group. The same on both sides. Never reused; 0 is none.
+    SnapshotId
+);
+id!(
     /// Place of a record in its node's journal. Node-wide, only grows. 0 stands before the first record.
     Lsn
 );
@@ -38,6 +42,8 @@ id!(
 impl Lsn {
     /// Before the first record.
     pub const ZERO: Self = Self(0);
+    /// Behind every record.
+    pub const MAX: Self = Self(u64::MAX);
 
     /// The place behind this one.
     #[must_use]

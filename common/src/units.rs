@@ -95,6 +95,18 @@ pub fn format_bytes(bytes: u64) -> String {
     format!("{bytes}B")
 }
 
+/// For people: three digits and a binary unit, as `1.5 GiB`. Not exact; see [`format_bytes`].
+#[must_use]
+pub fn short_bytes(bytes: u64) -> String {
+    const UNITS: [(&str, u64); 6] =
+        [("EiB", 1 << 60), ("PiB", 1 << 50), ("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    let Some((name, scale)) = UNITS.into_iter().find(|(_, scale)| bytes >= *scale) else {
+        return format!("{bytes} B");
+    };
+    let tenths = u128::from(bytes) * 10 / u128::from(scale);
+    if tenths >= 1000 { format!("{} {name}", tenths / 10) } else { format!("{}.{} {name}", tenths / 10, tenths % 10) }
+}
+
 /// A time such as `500ms`, `1.5s`, `30min`, `2h` or `1d`.
 ///
 /// # Errors
@@ -155,6 +167,20 @@ fn scaled(number: &str, scale: u64) -> Option<u64> {
     u64::try_from(value).ok()
 }
 
+/// Year, month and day of a count of days since 1970 (Hinnant, "chrono-compatible low-level date algorithms").
+#[must_use]
+pub fn civil(days: u64) -> (u64, u64, u64) {
+    let z = days + 719_468;
+    let era = z / 146_097;
+    let of_era = z % 146_097;
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    (year_of_era + era * 400 + u64::from(month <= 2), month, day)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,6 +200,20 @@ mod tests {
             ("18446744073709551615", u64::MAX),
         ] {
             assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn people_get_three_digits() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.5 KiB"),
+            (99 << 20, "99.0 MiB"),
+            (1000 << 20, "1000 MiB"),
+            (u64::MAX, "15.9 EiB"),
+        ] {
+            assert_eq!(short_bytes(bytes), text);
         }
     }
 

@@ -4,19 +4,28 @@
 //! its place (calls made one after the other get ascending places), [`BlockEngine::wait`] answers when it is durable by
 //! the rule of its volume.
 
-use std::{future::Future, pin::Pin};
+use std::{collections::VecDeque, future::Future};
 
 use bytes::Bytes;
-use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
 use understudy_common::{
+    delta::BlockSet,
+    policy::PolicyConfig,
     process::Failure,
     types::{AckRule, AwayRule, Position, VolumeId, VolumeSpec},
 };
 use understudy_proto::v1;
 
 pub use understudy_common::record::ClientSequence;
+pub use understudy_proto::convert::EventStream;
 
-pub use crate::error::EngineError;
+pub use crate::{
+    engine::{Changed, Copy},
+    error::EngineError,
+};
+
+/// How a comparison goes on.
+pub type VerifyStream = ReceiverStream<Result<v1::VerifyProgress, EngineError>>;
 
 /// How a request names a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -51,6 +60,17 @@ pub struct WriteRequest {
     pub client: Option<ClientSequence>,
 }
 
+impl WriteRequest {
+    /// Bytes that it holds in memory.
+    #[must_use]
+    pub fn payload_bytes(&self) -> u64 {
+        match &self.kind {
+            WriteKind::Data(data) => data.len() as u64,
+            WriteKind::Zeroes { .. } | WriteKind::Discard { .. } => 0,
+        }
+    }
+}
+
 /// What happens to a range.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WriteKind {
@@ -77,6 +97,8 @@ pub struct WriteAck {
     pub both: bool,
     /// It repeated one that had been applied.
     pub duplicate: bool,
+    /// Its group is in delta mode.
+    pub delta: bool,
 }
 
 /// A piece of a volume.
@@ -118,36 +140,23 @@ pub struct NewVolume {
     pub away: AwayRule,
 }
 
-/// The pool.
+/// The mode policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PoolInfo {
-    /// Unit of allocation.
-    pub segment_bytes: u32,
-    /// Of all devices, with what a growing one may still take.
-    pub total_bytes: u64,
-    /// Not allocated.
-    pub free_bytes: u64,
-    /// Promised to acknowledged writes that are not in their place yet.
-    pub reserved_bytes: u64,
-    /// Its devices.
-    pub devices: Vec<DeviceInfo>,
+pub struct PolicyInForce {
+    /// What groups are weighed with.
+    pub policy: PolicyConfig,
+    /// What the configuration of the service says.
+    pub configured: PolicyConfig,
 }
 
-/// A device of the pool.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceInfo {
-    /// Its number.
-    pub id: u32,
-    /// Where it is.
-    pub path: String,
-    /// Its size.
-    pub size_bytes: u64,
-    /// Not allocated.
-    pub free_bytes: u64,
+/// Blocks of a volume that the backup never had.
+#[derive(Debug, Clone)]
+pub struct UnshippedVolume {
+    /// The volume.
+    pub spec: VolumeSpec,
+    /// The blocks.
+    pub blocks: BlockSet,
 }
-
-/// Events of a subscription, in ascending numbers.
-pub type EventStream = Pin<Box<dyn Stream<Item = v1::Event> + Send>>;
 
 /// The engine. Clones are handles of one engine. A dropped future of any call but `submit` has no effect; one of
 /// `submit` may have submitted.
@@ -165,6 +174,9 @@ pub trait BlockEngine: Clone + Send + Sync + 'static {
         permit: Self::Permit,
         request: WriteRequest,
     ) -> impl Future<Output = Result<Self::Ticket, EngineError>> + Send;
+    /// Does both for requests from the front of `requests`, which leave it, as far as none has to wait or is refused.
+    /// Returns their tickets, in order; none is a valid answer.
+    fn submit_now(&self, requests: &mut VecDeque<WriteRequest>) -> Vec<Self::Ticket>;
     /// Answers when the write is durable by the rule of its volume.
     fn wait(&self, ticket: Self::Ticket) -> impl Future<Output = Result<WriteAck, EngineError>> + Send;
     /// The answer if it is there already.
@@ -207,7 +219,112 @@ pub trait BlockEngine: Clone + Send + Sync + 'static {
     /// All volumes, by id.
     fn volumes(&self) -> Vec<VolumeSpec>;
     /// The pool.
-    fn pool(&self) -> PoolInfo;
+    fn pool(&self) -> v1::Pool;
+    /// Adds a device to it. Returns when it is durably part of it.
+    fn add_device(
+        &self,
+        request: v1::AddDeviceRequest,
+    ) -> impl Future<Output = Result<v1::PoolDevice, EngineError>> + Send;
+    /// Begins to drain a device, or ends that. Returns when that is durable.
+    fn drain_device(
+        &self,
+        request: v1::DrainDeviceRequest,
+    ) -> impl Future<Output = Result<v1::PoolDevice, EngineError>> + Send;
+    /// Where segments lie, a part at a time.
+    fn list_segments(&self, request: v1::ListSegmentsRequest) -> Result<v1::ListSegmentsResponse, EngineError>;
+    /// Takes a snapshot of a group. A group is named by itself or by one of its volumes.
+    fn take_snapshot(
+        &self,
+        group: &str,
+        name: &str,
+    ) -> impl Future<Output = Result<v1::SnapshotInfo, EngineError>> + Send;
+    /// The snapshots of a group, or of every group.
+    fn snapshots(&self, group: Option<&str>)
+    -> impl Future<Output = Result<Vec<v1::SnapshotInfo>, EngineError>> + Send;
+    /// Names and times of the snapshots of a group, Unix milliseconds.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    fn snapshot_times(&self, group: &str) -> Result<Vec<(String, i64)>, EngineError>;
+    /// Deletes a snapshot.
+    fn delete_snapshot(&self, group: &str, name: &str) -> impl Future<Output = Result<(), EngineError>> + Send;
+    /// Makes the volumes of a group, or only `volume`, what they were in a snapshot.
+    fn restore_snapshot(
+        &self,
+        group: &str,
+        volume: Option<&str>,
+        snapshot: &str,
+    ) -> impl Future<Output = Result<Copy, EngineError>> + Send;
+    /// Makes a volume with the content of a snapshot.
+    fn clone_snapshot(
+        &self,
+        volume: &VolumeKey,
+        snapshot: &str,
+        name: String,
+        group: Option<String>,
+    ) -> impl Future<Output = Result<Copy, EngineError>> + Send;
+    /// Ranges that differ between a snapshot and a newer one, or the head, from `offset_bytes` on.
+    fn changed_blocks(
+        &self,
+        volume: &VolumeKey,
+        base: &str,
+        target: Option<&str>,
+        offset_bytes: u64,
+    ) -> impl Future<Output = Result<Changed, EngineError>> + Send;
+    /// The volume as it was in a snapshot.
+    fn snapshot_spec(&self, volume: &VolumeKey, snapshot: &str) -> Result<VolumeSpec, EngineError>;
+    /// As [`BlockEngine::read_piece`], of a snapshot.
+    fn read_snapshot(
+        &self,
+        volume: &VolumeKey,
+        snapshot: &str,
+        offset_bytes: u64,
+        max_bytes: u64,
+    ) -> impl Future<Output = Result<ReadPiece, EngineError>> + Send;
+    /// Begins a run of a group in delta mode. A group is named by itself or by one of its volumes.
+    fn start_delta(&self, group: &str) -> impl Future<Output = Result<v1::StartDeltaResponse, EngineError>> + Send;
+    /// Aborts the open run of a group.
+    fn abort_delta(&self, group: &str) -> impl Future<Output = Result<v1::AbortRunResponse, EngineError>> + Send;
+    /// Forces a group into delta mode, or leaves its mode to the policy again.
+    fn force_delta(
+        &self,
+        group: &str,
+        forced: bool,
+    ) -> impl Future<Output = Result<v1::SetModeResponse, EngineError>> + Send;
+    /// The mode policy.
+    fn policy(&self) -> PolicyInForce;
+    /// Puts a policy in force, free of contradictions, from the next weighing on.
+    fn set_policy(&self, policy: PolicyConfig);
+    /// The last weighing of a group, or of every group, and up to `limit` decisions that changed something.
+    fn explain(&self, group: Option<&str>, limit: usize) -> Result<Vec<v1::GroupExplanation>, EngineError>;
+    /// Begins a scrub on both sides, of a volume or of everything, or tells how it is doing.
+    fn scrub(
+        &self,
+        volume: Option<VolumeKey>,
+        start: bool,
+    ) -> impl Future<Output = Result<v1::ScrubResponse, EngineError>> + Send;
+    /// Compares both sides, of a volume or of everything; the first error ends it.
+    fn verify(&self, volume: Option<VolumeKey>, repair: bool) -> Result<VerifyStream, EngineError>;
+    /// Another primary wants to attach: what it is to be told. If its generation follows this one's, this one is over.
+    fn refuse_primary(&self, request: v1::AttachRequest) -> impl Future<Output = tonic::Status> + Send;
+    /// Makes this directory that of a backup; [`BlockEngine::failed`] resolves then.
+    fn demote(
+        &self,
+        request: v1::DemoteRequest,
+    ) -> impl Future<Output = Result<v1::DemoteResponse, EngineError>> + Send;
+    /// Gives up the changes of this side after a split; [`BlockEngine::failed`] resolves then.
+    fn resolve(&self) -> Result<v1::ResolveSplitBrainResponse, EngineError>;
+    /// Extends the lease of this generation.
+    fn renew_lease(&self, generation: u64) -> Result<v1::RenewLeaseResponse, EngineError>;
+    /// What is acknowledged here and not on the backup, of one volume or of all; also when nothing is served any more.
+    fn unshipped(&self, volume: Option<&str>) -> Result<Vec<UnshippedVolume>, EngineError>;
+    /// Reads whole blocks of that.
+    fn read_unshipped(
+        &self,
+        spec: &VolumeSpec,
+        first_block: u64,
+        count: u64,
+    ) -> impl Future<Output = Result<Bytes, EngineError>> + Send;
     /// The state of everything.
     fn status(&self) -> v1::Status;
     /// For `after` 0 the present state as one event `state`, then each event with a larger number.

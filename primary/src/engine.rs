@@ -4,7 +4,10 @@
 //! allows. Requests wait for space in the staging area before they have an LSN, for a bounded time; then they are
 //! refused. Nothing is queued without a permit.
 
+mod snapshots;
+
 use std::{
+    collections::{BTreeSet, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,25 +16,38 @@ use std::{
 };
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, watch},
     time::{Instant, timeout, timeout_at},
 };
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
 use understudy_common::{
     checksum::crc32c,
+    events::EventLog,
     pool::MAX_BLOCKS_PER_SEGMENT,
     record::{self, CLIENT_ID_BYTES_MAX, ClientSequence, Control},
     state::{NodeState, SEQUENCE_WINDOW, SequenceCheck, VOLUMES_MAX},
-    store::{Change, Marks, ModifyError, ReadFailure, Store, SubmitError, Submitted},
-    types::{AckRule, AwayRule, BlockRange, BlockSize, GroupId, Lsn, Position, VolumeId, VolumeSpec},
+    store::{Change, Marks, ModifyError, ReadFailure, ReadOut, Store, SubmitError, Submitted},
+    types::{AckRule, AwayRule, BlockRange, BlockSize, GroupId, Lsn, Position, SnapshotId, VolumeId, VolumeSpec},
 };
 
-use crate::api::{EngineError, NewVolume, PieceContent, ReadPiece, VolumeKey, WriteAck, WriteKind, WriteRequest};
+use crate::{
+    api::{EngineError, NewVolume, PieceContent, ReadPiece, VolumeKey, WriteAck, WriteKind, WriteRequest},
+    replicator::Handle,
+    standing::Standing,
+    waiters::{Queue, Waiters},
+};
 
 /// Blocks that one record of zeros covers at most: 1 GiB of 4 KiB blocks.
 const ZERO_BLOCKS_MAX: u64 = 1 << 18;
+/// What a request without a payload counts for.
+const PERMIT_BYTES_MIN: u64 = 512;
 /// Largest volume, 1 EiB: byte offsets stay far from their end.
 const VOLUME_BYTES_MAX: u64 = 1 << 60;
+
+pub use snapshots::{Changed, Copy, Copying};
 
 /// Bytes in flight that a request holds.
 #[derive(Debug)]
@@ -41,11 +57,41 @@ pub struct Permit {
     asked: Instant,
 }
 
+/// When a write is acknowledged, as far as the group's mode matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rule {
+    Staged,
+    Primary,
+    /// With `degrade` a write in delta mode is acknowledged as local.
+    Both {
+        degrade: bool,
+    },
+}
+
+impl Rule {
+    fn of(spec: &VolumeSpec) -> Self {
+        match spec.ack {
+            AckRule::Staged => Self::Staged,
+            AckRule::Primary => Self::Primary,
+            AckRule::Both => Self::Both { degrade: spec.away == AwayRule::Degrade },
+        }
+    }
+
+    /// Where those of a lane of `group` wait, or those that wait for all of its lanes.
+    fn queue(self, group: GroupId, lane: Option<u8>) -> Queue {
+        match self {
+            Self::Staged => Queue::Durable,
+            Self::Primary => Queue::Placed,
+            Self::Both { degrade } => Queue::Held(group, lane, degrade),
+        }
+    }
+}
+
 /// A write that has its LSN.
 #[derive(Debug)]
 pub struct Ticket {
     submitted: Submitted,
-    rule: AckRule,
+    rule: Rule,
     /// When the request came.
     asked: Instant,
     _permit: Option<Permit>,
@@ -64,6 +110,8 @@ pub struct Limits {
     pub deadline: Duration,
     /// Reads stay on the calling thread: for simulated disks.
     pub inline_reads: bool,
+    /// Serve only while a lease was renewed within so long.
+    pub lease: Option<Duration>,
 }
 
 struct Inner {
@@ -71,9 +119,16 @@ struct Inner {
     marks: watch::Receiver<Marks>,
     permits: Arc<Semaphore>,
     limits: Limits,
+    waiters: Waiters,
+    /// Records were submitted of which the journal's writer was not told.
+    submitted: Notify,
     /// Why no session is open, if none is.
     attached: watch::Sender<Result<(), String>>,
     draining: AtomicBool,
+    standing: Standing,
+    replicator: Handle,
+    /// Volumes that a task of this process fills from a snapshot.
+    filling: parking_lot::Mutex<BTreeSet<VolumeId>>,
 }
 
 /// See the module. Cheap to clone.
@@ -92,15 +147,21 @@ pub fn unix_ms() -> i64 {
 impl Engine {
     /// An engine over an open store.
     #[must_use]
-    pub fn new(store: Arc<Store>, limits: Limits) -> Self {
+    pub fn new(store: Arc<Store>, limits: Limits, replicator: Handle) -> Self {
         let permits = usize::try_from(limits.in_flight_bytes.min(u64::from(u32::MAX))).expect("32 bits");
+        let identity = store.identity();
         let inner = Inner {
             marks: store.marks(),
             store,
             permits: Arc::new(Semaphore::new(permits)),
             limits,
+            waiters: Waiters::default(),
+            submitted: Notify::new(),
             attached: watch::channel(Err("no session was opened yet".to_owned())).0,
             draining: AtomicBool::new(false),
+            standing: Standing::new(identity.generation, identity.fenced, limits.lease),
+            replicator,
+            filling: parking_lot::Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -127,6 +188,38 @@ impl Engine {
         self.inner.draining.store(true, Ordering::Release);
     }
 
+    /// Takes requests again.
+    pub fn resume(&self) {
+        self.inner.draining.store(false, Ordering::Release);
+    }
+
+    /// Whether this node may serve.
+    pub(crate) fn standing(&self) -> &Standing {
+        &self.inner.standing
+    }
+
+    /// Another primary has generation `by`: nothing is served or acknowledged from now on, also behind a restart. If that
+    /// cannot be made durable the log says so. It is said once: each attempt to attach comes here again.
+    pub(crate) fn fence(&self, by: u64, events: &EventLog) {
+        let served = match self.inner.store.fence(by) {
+            Ok(served) => served,
+            Err(error) => {
+                warn!(%error, "that another primary has taken over could not be stored");
+                return;
+            }
+        };
+        let fenced = self.inner.store.identity().fenced;
+        if fenced > 0 {
+            self.inner.standing.fence(fenced);
+        }
+        if !served {
+            return;
+        }
+        warn!(by, "role.fenced: another primary has taken over; nothing is served any more");
+        let fields = [("by", by.to_string())];
+        events.record(unix_ms(), "role.fenced", "another primary has taken over", fields);
+    }
+
     fn is_draining(&self) -> bool {
         self.inner.draining.load(Ordering::Acquire)
     }
@@ -144,7 +237,7 @@ impl Engine {
             return Err(EngineError::Draining);
         }
         let asked = Instant::now();
-        let weight = u32::try_from(bytes.max(512)).expect("a message is below 4 GiB");
+        let weight = u32::try_from(bytes.max(PERMIT_BYTES_MIN)).expect("a message is below 4 GiB");
         if let Ok(permit) = Arc::clone(&self.inner.permits).try_acquire_many_owned(weight) {
             return Ok(Permit { _bytes: permit, asked });
         }
@@ -163,6 +256,12 @@ impl Engine {
     /// See [`EngineError`]; nothing was changed then.
     pub async fn submit(&self, permit: Permit, request: WriteRequest) -> Result<Ticket, EngineError> {
         let spec = self.spec(&request.volume)?;
+        if !self.must_wait_attached(&spec)
+            && let Some((first_block, change)) = whole_blocks(&spec, &request)
+            && let [submitted] = self.submit_all(&spec, [(first_block, change, request.client.clone())])[..]
+        {
+            return Ok(Ticket { submitted, rule: Rule::of(&spec), asked: permit.asked, _permit: Some(permit) });
+        }
         check_client(request.client.as_ref())?;
         let length = match &request.kind {
             WriteKind::Data(data) => data.len() as u64,
@@ -199,18 +298,85 @@ impl Engine {
             };
             self.wait_room(&mut marks, permit.asked, refused).await?;
         };
-        Ok(Ticket { submitted, rule: spec.ack, asked: permit.asked, _permit: Some(permit) })
+        Ok(Ticket { submitted, rule: Rule::of(&spec), asked: permit.asked, _permit: Some(permit) })
+    }
+
+    /// Gives requests their LSNs as far as none has to wait or is refused: writes of whole blocks of one volume, from
+    /// the front of `requests`. They leave it; what is left is for [`Engine::admit`] and [`Engine::submit`].
+    pub fn submit_now(&self, requests: &mut VecDeque<WriteRequest>) -> Vec<Ticket> {
+        let Some(first) = requests.front() else { return Vec::new() };
+        let Ok(spec) = self.spec(&first.volume) else { return Vec::new() };
+        if self.must_wait_attached(&spec) || self.is_draining() {
+            return Vec::new();
+        }
+        let mut permits = Vec::with_capacity(requests.len());
+        let mut changes = Vec::with_capacity(requests.len());
+        for request in requests.iter().take_while(|request| request.volume == first.volume) {
+            let Some((first_block, change)) = whole_blocks(&spec, request) else { break };
+            let bytes = request.payload_bytes();
+            let weight =
+                u32::try_from(bytes.max(PERMIT_BYTES_MIN)).ok().filter(|_| bytes <= self.inner.limits.message_bytes);
+            let Some(weight) = weight else { break };
+            let Ok(permit) = Arc::clone(&self.inner.permits).try_acquire_many_owned(weight) else { break };
+            permits.push(permit);
+            changes.push((first_block, change, request.client.clone()));
+        }
+        if changes.is_empty() {
+            return Vec::new();
+        }
+        let submitted = self.submit_all(&spec, changes);
+        requests.drain(..submitted.len());
+        let asked = Instant::now();
+        let ticket = |(submitted, bytes)| {
+            let permit = Some(Permit { _bytes: bytes, asked });
+            Ticket { submitted, rule: Rule::of(&spec), asked, _permit: permit }
+        };
+        submitted.into_iter().zip(permits).map(ticket).collect()
+    }
+
+    fn must_wait_attached(&self, spec: &VolumeSpec) -> bool {
+        spec.ack == AckRule::Both
+            && spec.away == AwayRule::Block
+            && (self.inner.attached.borrow().is_err() || self.inner.store.is_delta(spec.group))
+    }
+
+    /// Admits changes without a wait. The journal's writer is woken when the tasks that are ready now have had their
+    /// turn, so that what they submit goes with the same group commit.
+    fn submit_all(
+        &self,
+        spec: &VolumeSpec,
+        changes: impl IntoIterator<Item = (u64, Change, Option<ClientSequence>)>,
+    ) -> SmallVec<[Submitted; 16]> {
+        let submitted = self.inner.store.submit_all(spec.id, changes, unix_ms());
+        if !submitted.is_empty() {
+            self.inner.submitted.notify_one();
+        }
+        submitted
     }
 
     /// True if a record that was refused may find room later, for which the background has been asked.
     fn ask_for_room(&self, error: &SubmitError) -> bool {
         let may_come = match error {
-            SubmitError::StagingFull { .. } => true,
+            SubmitError::StagingFull { .. } => {
+                self.inner.replicator.wake();
+                self.inner.store.request_trim();
+                return true;
+            }
+            // Releases wake whoever waits.
+            SubmitError::LaneFull { .. } => return true,
             SubmitError::Space(space) => {
+                // The snapshots of a run and of a comparison give way: what they hold back may be all that is lacking.
+                let of_run = self.inner.store.abort_open_runs(unix_ms());
+                if self.inner.store.want_space() || of_run {
+                    self.inner.store.request_checkpoint();
+                    return true;
+                }
                 // Only here: whoever waits is woken by growth, and would make the pool grow on for another lack.
                 self.inner.store.request_growth();
-                space.quarantined > 0 || space.can_grow > 0 || space.reserved > 0
+                self.inner.store.room_may_come(space)
             }
+            // What was freed counts as used until a checkpoint.
+            SubmitError::Level(_) => self.inner.store.space().quarantined() > 0,
             _ => false,
         };
         if may_come {
@@ -228,13 +394,21 @@ impl Engine {
     }
 
     async fn wait_attached(&self, spec: &VolumeSpec, asked: Instant) -> Result<(), EngineError> {
+        let deadline = asked + self.inner.limits.queue_wait;
         let mut attached = self.inner.attached.subscribe();
-        if matches!(timeout_at(asked + self.inner.limits.queue_wait, attached.wait_for(Result::is_ok)).await, Ok(Ok(_)))
-        {
-            return Ok(());
+        if !matches!(timeout_at(deadline, attached.wait_for(Result::is_ok)).await, Ok(Ok(_))) {
+            let link = self.inner.attached.borrow().clone().err().unwrap_or_default();
+            return Err(EngineError::BackupAway { volume: spec.name.clone(), link });
         }
-        let link = self.inner.attached.borrow().clone().err().unwrap_or_default();
-        Err(EngineError::BackupAway { volume: spec.name.clone(), link })
+        // In delta mode nothing is acknowledged by both sides.
+        let mut marks = self.inner.marks.clone();
+        let continuous =
+            || self.inner.store.with_state(|s| s.groups.get(&spec.group).is_none_or(|g| g.mode.is_continuous()));
+        if !matches!(timeout_at(deadline, marks.wait_for(|_| continuous())).await, Ok(Ok(_))) {
+            let link = "the group is in delta mode; status shows why".to_owned();
+            return Err(EngineError::BackupAway { volume: spec.name.clone(), link });
+        }
+        Ok(())
     }
 
     /// Waits until something moves that may have made room.
@@ -255,7 +429,10 @@ impl Engine {
 
     fn try_submit(&self, spec: &VolumeSpec, request: &WriteRequest) -> Result<Submitted, ModifyError> {
         match &request.kind {
-            WriteKind::Data(data) => self.submit_data(spec, request.offset_bytes, data, request.client.as_ref()),
+            WriteKind::Data(data) => {
+                let lane = self.inner.store.lane_of(request.client.as_ref());
+                self.submit_data(lane, spec, request.offset_bytes, data, request.client.as_ref())
+            }
             WriteKind::Zeroes { length_bytes } => self.submit_zeros(spec, request, *length_bytes, true),
             WriteKind::Discard { length_bytes } => self.submit_zeros(spec, request, *length_bytes, false),
         }
@@ -263,6 +440,7 @@ impl Engine {
 
     fn submit_data(
         &self,
+        lane: u8,
         spec: &VolumeSpec,
         offset: u64,
         data: &Bytes,
@@ -273,13 +451,14 @@ impl Engine {
         if offset.is_multiple_of(block_bytes) && end.is_multiple_of(block_bytes) {
             let crcs = record::block_crcs(data, spec.block_size);
             let change = Change::Write { data: data.clone(), crcs };
-            return Ok(self.inner.store.submit(spec.id, offset / block_bytes, change, client.cloned(), unix_ms())?);
+            let (first, client) = (offset / block_bytes, client.cloned());
+            return Ok(self.inner.store.submit_in_lane(lane, spec.id, first, change, client, unix_ms())?);
         }
         let first = offset / block_bytes;
         let range = BlockRange { volume: spec.id, first, count: end.div_ceil(block_bytes) - first };
         let at = usize::try_from(offset - first * block_bytes).expect("inside a block");
         let modify = |blocks: &mut [u8]| blocks[at..at + data.len()].copy_from_slice(data);
-        self.inner.store.submit_modified(range, client, unix_ms(), &modify)
+        self.inner.store.submit_modified(lane, range, client, unix_ms(), &modify)
     }
 
     /// Zeros: partial blocks at the edges are written (or, for a discard, left), whole blocks give their space back.
@@ -293,21 +472,22 @@ impl Engine {
     ) -> Result<Submitted, ModifyError> {
         if let Some(lsn) = self.applied_sequence(request.client.as_ref())? {
             let position = Position { generation: self.inner.store.identity().generation, lsn };
-            return Ok(Submitted { lsn, position, group: spec.group, duplicate: true });
+            return Ok(Submitted { lsn, position, group: spec.group, lane: None, duplicate: true });
         }
         let block_bytes = u64::from(spec.block_size.bytes());
         let mut pieces = zero_pieces(request.offset_bytes, length, block_bytes);
         pieces.retain(|piece| edges || piece.whole);
-        let count = pieces.len();
+        let (count, lane) = (pieces.len(), self.inner.store.lane_of(request.client.as_ref()));
         let mut submitted = None;
         for (n, ZeroPiece { offset, length, whole }) in pieces.into_iter().enumerate() {
             let client = request.client.as_ref().filter(|_| n + 1 == count);
             submitted = Some(if whole {
                 let change = Change::Zero { count: length / block_bytes };
-                self.inner.store.submit(spec.id, offset / block_bytes, change, client.cloned(), unix_ms())?
+                let (first, client) = (offset / block_bytes, client.cloned());
+                self.inner.store.submit_in_lane(lane, spec.id, first, change, client, unix_ms())?
             } else {
                 let zeros = vec![0; usize::try_from(length).expect("inside a block")].into();
-                self.submit_data(spec, offset, &zeros, client)?
+                self.submit_data(lane, spec, offset, &zeros, client)?
             });
         }
         // A discard of less than a block changes nothing: it is as durable as what came before it.
@@ -329,7 +509,7 @@ impl Engine {
     fn newest(&self, spec: &VolumeSpec) -> Submitted {
         let position =
             self.inner.store.with_state(|s| s.groups.get(&spec.group).map_or(Position::default(), |g| g.position));
-        Submitted { lsn: position.lsn, position, group: spec.group, duplicate: false }
+        Submitted { lsn: position.lsn, position, group: spec.group, lane: None, duplicate: false }
     }
 
     /// Waits until a write is as durable as its rule promises.
@@ -337,32 +517,66 @@ impl Engine {
     /// # Errors
     /// If the store fails, or the acknowledgement does not come in time: the outcome is unknown then.
     pub async fn wait(&self, ticket: Ticket) -> Result<WriteAck, EngineError> {
+        if let Some(result) = self.poll_settled(&ticket) {
+            return result;
+        }
+        let settled = async {
+            loop {
+                let Submitted { group, lane, lsn, .. } = ticket.submitted;
+                let mut waiting = self.inner.waiters.enter(ticket.rule.queue(group, lane), lsn);
+                // What moved before the place was taken woke nobody.
+                if let Some(result) = self.poll_settled(&ticket) {
+                    return result;
+                }
+                waiting.woken().await;
+            }
+        };
+        timeout_at(ticket.asked + self.inner.limits.deadline, settled).await.unwrap_or_else(|_| {
+            let waited_ms = millis(self.inner.limits.deadline);
+            Err(EngineError::Unconfirmed { lsn: ticket.submitted.lsn.0, waited_ms })
+        })
+    }
+
+    /// Wakes the journal's writer, and those who wait for acknowledgements, until the store is gone or `stop`.
+    pub(crate) async fn answer(self, stop: CancellationToken) {
         let mut marks = self.inner.marks.clone();
         loop {
-            marks.mark_unchanged();
-            if let Some(result) = self.poll_settled(&ticket) {
-                return result;
-            }
-            if timeout_at(ticket.asked + self.inner.limits.deadline, marks.changed()).await.is_err() {
-                let waited_ms = millis(self.inner.limits.deadline);
-                return Err(EngineError::Unconfirmed { lsn: ticket.submitted.lsn.0, waited_ms });
+            let now = *marks.borrow_and_update();
+            self.inner.waiters.on_marks(&now, &self.inner.store);
+            tokio::select! {
+                changed = marks.changed() => if changed.is_err() { break },
+                () = self.inner.submitted.notified() => self.inner.store.wake_journal(),
+                () = stop.cancelled() => break,
             }
         }
+        let last = *marks.borrow();
+        self.inner.waiters.on_marks(&last, &self.inner.store);
     }
 
     /// The acknowledgement of a write if it may be given now.
     #[must_use]
     pub fn poll_settled(&self, ticket: &Ticket) -> Option<Result<WriteAck, EngineError>> {
+        if let Err(error) = self.inner.standing.check() {
+            return Some(Err(error));
+        }
         let marks = *self.inner.marks.borrow();
-        let Submitted { lsn, position, group, duplicate } = ticket.submitted;
+        let Submitted { lsn, position, group, lane, duplicate } = ticket.submitted;
+        let mut both = false;
         let settled = lsn <= marks.durable
             && match ticket.rule {
-                AckRule::Staged => true,
-                AckRule::Primary => lsn <= marks.placed || duplicate && lsn <= marks.applied,
-                AckRule::Both => self.inner.store.retained_of(group).holds(lsn),
+                Rule::Staged => true,
+                Rule::Primary => lsn <= marks.placed || duplicate && lsn <= marks.applied,
+                Rule::Both { degrade } => {
+                    both = self.inner.store.is_on_backup(group, lane, lsn);
+                    both || degrade && self.inner.store.is_delta(group)
+                }
             };
         if settled {
-            return Some(Ok(WriteAck { position, both: ticket.rule == AckRule::Both, duplicate }));
+            if ticket._permit.is_some() {
+                self.inner.replicator.note_write(ticket.asked.elapsed());
+            }
+            let delta = self.inner.store.is_delta(group);
+            return Some(Ok(WriteAck { position, both, duplicate, delta }));
         }
         marks.failed.then(|| Err(EngineError::Storage { message: self.inner.store.failure().unwrap_or_default() }))
     }
@@ -387,7 +601,7 @@ impl Engine {
         let count = (offset_bytes + length_bytes).div_ceil(block_bytes) - first;
         let (store, id) = (Arc::clone(&self.inner.store), spec.id);
         let read = self.blocking(&spec, move || store.read(id, first, count)).await?;
-        self.wait_seen(&spec, read.seen, read.seen_both).await?;
+        self.wait_seen(&spec, &read).await?;
         let at = usize::try_from(offset_bytes - first * block_bytes).expect("inside a block");
         let data = read.data.slice(at..at + usize::try_from(length_bytes).expect("bounded above"));
         let crc = crc32c(&data);
@@ -420,6 +634,12 @@ impl Engine {
         Ok(ReadPiece { offset_bytes, content: PieceContent::Data(data), crc32c, position })
     }
 
+    /// Reads whole blocks of what is not on the backup, whoever this node is by now.
+    pub async fn read_unshipped(&self, spec: &VolumeSpec, first: u64, count: u64) -> Result<Bytes, EngineError> {
+        let (store, id) = (Arc::clone(&self.inner.store), spec.id);
+        Ok(self.blocking(spec, move || store.read(id, first, count)).await?.data)
+    }
+
     async fn blocking<T: Send + 'static>(
         &self,
         spec: &VolumeSpec,
@@ -436,17 +656,17 @@ impl Engine {
     }
 
     /// A read may be answered when the writes it saw may be.
-    async fn wait_seen(&self, spec: &VolumeSpec, seen: Lsn, seen_both: Lsn) -> Result<(), EngineError> {
-        for (lsn, rule) in [(seen, AckRule::Staged), (seen_both, AckRule::Both)] {
+    async fn wait_seen(&self, spec: &VolumeSpec, read: &ReadOut) -> Result<(), EngineError> {
+        for (lsn, lane, rule) in [(read.seen, None, Rule::Staged), (read.seen_both, read.seen_lane, Rule::of(spec))] {
             if lsn > Lsn::ZERO {
                 let position = Position { generation: 0, lsn };
-                self.settle(Submitted { lsn, position, group: spec.group, duplicate: false }, rule).await?;
+                self.settle(Submitted { lsn, position, group: spec.group, lane, duplicate: false }, rule).await?;
             }
         }
         Ok(())
     }
 
-    async fn settle(&self, submitted: Submitted, rule: AckRule) -> Result<WriteAck, EngineError> {
+    async fn settle(&self, submitted: Submitted, rule: Rule) -> Result<WriteAck, EngineError> {
         self.wait(Ticket { submitted, rule, asked: Instant::now(), _permit: None }).await
     }
 
@@ -456,7 +676,7 @@ impl Engine {
     /// See [`EngineError`].
     pub async fn flush(&self, volume: &VolumeKey) -> Result<WriteAck, EngineError> {
         let spec = self.spec(volume)?;
-        let rule = if spec.ack == AckRule::Primary { AckRule::Staged } else { spec.ack };
+        let rule = if spec.ack == AckRule::Primary { Rule::Staged } else { Rule::of(&spec) };
         self.settle(self.newest(&spec), rule).await
     }
 
@@ -465,6 +685,18 @@ impl Engine {
     /// # Errors
     /// See [`EngineError`].
     pub async fn create_volume(&self, new: NewVolume) -> Result<VolumeSpec, EngineError> {
+        let (made, submitted) = self.submit_volume(new, None)?;
+        self.settle(submitted, Rule::Staged).await?;
+        Ok(made)
+    }
+
+    /// The record of a new volume; of one that is to be filled, it says so, and no reader sees it empty.
+    fn submit_volume(
+        &self,
+        new: NewVolume,
+        fill: Option<(SnapshotId, VolumeId)>,
+    ) -> Result<(VolumeSpec, Submitted), EngineError> {
+        self.inner.standing.check()?;
         check_name("name", &new.name)?;
         let group_name = new.group.unwrap_or_else(|| new.name.clone());
         check_name("group", &group_name)?;
@@ -475,6 +707,10 @@ impl Engine {
         let submitted = self.inner.store.submit_decided(unix_ms(), |state: &NodeState| {
             if state.volume_by_name(&new.name).is_some() {
                 return Err(Decided::Engine(EngineError::VolumeExists { volume: new.name.clone() }));
+            }
+            if let Some((snapshot, _)) = fill.filter(|(snapshot, _)| !state.snapshots.contains_key(snapshot)) {
+                let (group, snapshot) = (group_name.clone(), snapshot.to_string());
+                return Err(Decided::Engine(EngineError::NoSnapshot { group, snapshot }));
             }
             if state.volumes.len() >= VOLUMES_MAX {
                 let why = format!("there are {VOLUMES_MAX} volumes, the most a node serves; delete one first");
@@ -494,10 +730,9 @@ impl Engine {
                 away: new.away,
             };
             made = Some(spec.clone());
-            Ok((group, Control::CreateVolume { spec }))
+            Ok((group, Control::CreateVolume { spec, fill }))
         })?;
-        self.settle(submitted, AckRule::Staged).await?;
-        Ok(made.expect("decided above"))
+        Ok((made.expect("decided above"), submitted))
     }
 
     /// Grows a volume. Returns when that is durable.
@@ -537,7 +772,7 @@ impl Engine {
     pub async fn delete_volume(&self, volume: &VolumeKey) -> Result<(), EngineError> {
         let id = self.spec(volume)?.id;
         let submitted = self.decide(id, |spec| Ok(Control::DeleteVolume { volume: spec.id }))?;
-        self.settle(submitted, AckRule::Staged).await?;
+        self.settle(submitted, Rule::Staged).await?;
         Ok(())
     }
 
@@ -548,7 +783,7 @@ impl Engine {
     ) -> Result<VolumeSpec, EngineError> {
         let id = self.spec(volume)?.id;
         let submitted = self.decide(id, control)?;
-        self.settle(submitted, AckRule::Staged).await?;
+        self.settle(submitted, Rule::Staged).await?;
         self.spec(&VolumeKey::Id(id))
     }
 
@@ -575,12 +810,34 @@ impl Engine {
     /// # Errors
     /// If it does not exist.
     pub fn spec(&self, volume: &VolumeKey) -> Result<VolumeSpec, EngineError> {
+        self.inner.standing.check()?;
         let spec = self.inner.store.with_state(|state| match volume {
             VolumeKey::Id(id) => state.volumes.get(id).cloned(),
             VolumeKey::Name(name) => state.volume_by_name(name).cloned(),
         });
         spec.ok_or_else(|| EngineError::NoVolume { volume: volume.to_string() })
     }
+}
+
+/// A valid write of whole blocks with a checksum that fits: its first block and what becomes of them. Anything else is
+/// for the longer way, which says what is wrong.
+fn whole_blocks(spec: &VolumeSpec, request: &WriteRequest) -> Option<(u64, Change)> {
+    let WriteKind::Data(data) = &request.kind else { return None };
+    let block_bytes = u64::from(spec.block_size.bytes());
+    let length = data.len() as u64;
+    if !request.offset_bytes.is_multiple_of(block_bytes) || !length.is_multiple_of(block_bytes) {
+        return None;
+    }
+    check_client(request.client.as_ref()).ok()?;
+    check_range(spec, request.offset_bytes, length).ok()?;
+    let crcs = record::block_crcs(data, spec.block_size);
+    let fits = match (request.crc32c, &crcs[..]) {
+        (None, _) => true,
+        // The checksum of one block is that of the request: one pass over the data.
+        (Some(expected), [one]) => expected == *one,
+        (Some(expected), _) => expected == crc32c(data),
+    };
+    fits.then(|| (request.offset_bytes / block_bytes, Change::Write { data: data.clone(), crcs }))
 }
 
 /// What a decision about the catalogue refuses.
@@ -610,7 +867,9 @@ impl From<Decided> for EngineError {
 fn of_submit(error: SubmitError, spec: &VolumeSpec, client: Option<&ClientSequence>, waited: Duration) -> EngineError {
     match error {
         SubmitError::Failed(failed) => EngineError::Storage { message: failed.0 },
+        SubmitError::NotPrimary => EngineError::Role { why: error.to_string() },
         SubmitError::NoVolume(_) => EngineError::NoVolume { volume: spec.name.clone() },
+        SubmitError::Restoring(_) => EngineError::Restoring { volume: spec.name.clone() },
         SubmitError::OutOfRange { first, end, blocks } => out_of_range(spec, first, end, blocks),
         SubmitError::Shape { .. } => EngineError::Invalid { field: "data", why: error.to_string() },
         SubmitError::TooLarge { needed, max } => EngineError::TooLarge { bytes: needed, limit_bytes: max },
@@ -627,8 +886,12 @@ fn of_submit(error: SubmitError, spec: &VolumeSpec, client: Option<&ClientSequen
                 free_bytes: space.free.saturating_sub(space.reserved) * segment,
             }
         }
+        SubmitError::Level(level) => level.into(),
         SubmitError::StagingFull { span, capacity, .. } => {
             EngineError::StagingFull { span_bytes: span, capacity_bytes: capacity, waited_ms: millis(waited) }
+        }
+        SubmitError::LaneFull { lane, held, share } => {
+            EngineError::LaneFull { lane, held_bytes: held, share_bytes: share, waited_ms: millis(waited) }
         }
     }
 }
@@ -636,6 +899,7 @@ fn of_submit(error: SubmitError, spec: &VolumeSpec, client: Option<&ClientSequen
 fn of_read(error: ReadFailure, spec: &VolumeSpec) -> EngineError {
     match error {
         ReadFailure::NoVolume(_) => EngineError::NoVolume { volume: spec.name.clone() },
+        ReadFailure::Restoring(_) => EngineError::Restoring { volume: spec.name.clone() },
         ReadFailure::OutOfRange { first, end, blocks } => out_of_range(spec, first, end, blocks),
         ReadFailure::Damaged { block, .. } => EngineError::Damaged { volume: spec.name.clone(), block },
         ReadFailure::Submit(error) => of_submit(error, spec, None, Duration::ZERO),

@@ -2,7 +2,8 @@
 
 use thiserror::Error;
 use tonic::{Code, Status};
-use understudy_proto::convert::InvalidField;
+use understudy_common::store::OverLevel;
+use understudy_proto::{convert::InvalidField, pool::PoolRefusal};
 
 /// Why a request was not carried out. Each message names the value, the limit and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -46,6 +47,52 @@ pub enum EngineError {
         /// Name or id, as it was asked for.
         volume: String,
     },
+    /// No such group.
+    #[error("group {group} does not exist, nor does a volume of that name; ListGroups shows those that do")]
+    NoGroup {
+        /// As it was asked for.
+        group: String,
+    },
+    /// The mode of a group, or a run, does not allow it now.
+    #[error("group {group} is in phase {phase}: {why}")]
+    WrongPhase {
+        /// Its name.
+        group: String,
+        /// Its phase.
+        phase: &'static str,
+        /// What does not go, and what to do.
+        why: String,
+    },
+    /// No such snapshot.
+    #[error("{group} has no snapshot {snapshot}; ListSnapshots shows those there are")]
+    NoSnapshot {
+        /// Its group or volume.
+        group: String,
+        /// Name or id.
+        snapshot: String,
+    },
+    /// The name of a snapshot is taken.
+    #[error("group {group} has a snapshot {snapshot}; choose another name or delete it first")]
+    SnapshotExists {
+        /// Its group.
+        group: String,
+        /// Its name.
+        snapshot: String,
+    },
+    /// A snapshot cannot be taken, deleted or used now.
+    #[error("{group}: {why}")]
+    Snapshot {
+        /// Its group or volume.
+        group: String,
+        /// What does not go, and what to do.
+        why: String,
+    },
+    /// The volume is being filled.
+    #[error("volume {volume} is being filled from a snapshot; try again when that is done")]
+    Restoring {
+        /// Its name.
+        volume: String,
+    },
     /// The name is taken.
     #[error("volume {volume} exists; choose another name or delete it first")]
     VolumeExists {
@@ -65,13 +112,24 @@ pub enum EngineError {
     /// The pool has no room for the write.
     #[error(
         "the pool has {free_bytes} bytes free and {needed_bytes} are needed; discard or delete volumes, or add a device \
-         to pool.devices"
+         with `understudy pool add`"
     )]
     NoSpace {
         /// Worst case of the request.
         needed_bytes: u64,
         /// Not allocated and not reserved.
         free_bytes: u64,
+    },
+    /// More of the pool is in use than clients may take.
+    #[error(transparent)]
+    Level(#[from] OverLevel),
+    /// A change of the pool, or a question about it, was refused.
+    #[error("{why}")]
+    Pool {
+        /// The canonical code.
+        code: Code,
+        /// What happened and what to do.
+        why: String,
     },
     /// No permit of bytes became free in time.
     #[error(
@@ -97,6 +155,22 @@ pub enum EngineError {
         /// The bound.
         capacity_bytes: u64,
         /// How long it waited.
+        waited_ms: u64,
+    },
+    /// The lane of the write holds its share of the journal.
+    #[error(
+        "lane {lane} holds {held_bytes} bytes that the backup has not taken, of {share_bytes} that are its share of \
+         staging.capacity, and found no room within {waited_ms} ms; wait for its pace, or raise the pace or the share in \
+         lanes.classes"
+    )]
+    LaneFull {
+        /// Its name.
+        lane: String,
+        /// What it retains.
+        held_bytes: u64,
+        /// What it may.
+        share_bytes: u64,
+        /// How long the write waited.
         waited_ms: u64,
     },
     /// A client's number is older than what is remembered of it.
@@ -140,6 +214,18 @@ pub enum EngineError {
         /// The newest generation it knows.
         generation: u64,
     },
+    /// No lease holds: the other side may serve.
+    #[error(
+        "the lease of this primary is over or was never granted ([lease] mode = required): whoever decides which side \
+         serves renews it with RenewLease; the outcome of a write that waited is unknown"
+    )]
+    NoLease,
+    /// A change of role, or of the lease, that does not fit.
+    #[error("{why}")]
+    Role {
+        /// What is in the way, and what to do.
+        why: String,
+    },
     /// A `both` volume that blocks while the backup is away.
     #[error(
         "volume {volume} acknowledges on both sides and the backup is away ({link}); wait for it, or let it go on alone \
@@ -148,6 +234,12 @@ pub enum EngineError {
     BackupAway {
         /// Its name.
         volume: String,
+        /// Why the link is down.
+        link: String,
+    },
+    /// What needs both sides finds one.
+    #[error("the backup is away ({link}); wait until it is attached, see the link in GetStatus")]
+    NoBackup {
         /// Why the link is down.
         link: String,
     },
@@ -172,7 +264,10 @@ pub enum EngineError {
         why: String,
     },
     /// A block cannot be read back as it was written.
-    #[error("block {block} of volume {volume} is damaged and no good copy was found; restore it, or write it anew")]
+    #[error(
+        "block {block} of volume {volume} is damaged; it is repaired within seconds if the backup is attached and holds \
+         the same version, otherwise write it anew or restore it"
+    )]
     Damaged {
         /// Its name.
         volume: String,
@@ -193,6 +288,12 @@ impl From<InvalidField> for EngineError {
     }
 }
 
+impl From<PoolRefusal> for EngineError {
+    fn from(PoolRefusal { code, why }: PoolRefusal) -> Self {
+        Self::Pool { code, why }
+    }
+}
+
 impl EngineError {
     /// The canonical code.
     #[must_use]
@@ -200,15 +301,27 @@ impl EngineError {
         match self {
             Self::Invalid { .. } | Self::Checksum { .. } => Code::InvalidArgument,
             Self::OutOfRange { .. } => Code::OutOfRange,
-            Self::NoVolume { .. } => Code::NotFound,
-            Self::VolumeExists { .. } => Code::AlreadyExists,
-            Self::TooLarge { .. } | Self::NoSpace { .. } | Self::Busy { .. } | Self::StagingFull { .. } => {
-                Code::ResourceExhausted
+            Self::NoVolume { .. } | Self::NoGroup { .. } | Self::NoSnapshot { .. } => Code::NotFound,
+            Self::VolumeExists { .. } | Self::SnapshotExists { .. } => Code::AlreadyExists,
+            Self::TooLarge { .. }
+            | Self::NoSpace { .. }
+            | Self::Level(_)
+            | Self::Busy { .. }
+            | Self::StagingFull { .. }
+            | Self::LaneFull { .. } => Code::ResourceExhausted,
+            Self::SequenceTooOld { .. }
+            | Self::SequenceReused { .. }
+            | Self::Shrink { .. }
+            | Self::Fenced { .. }
+            | Self::Snapshot { .. }
+            | Self::Restoring { .. }
+            | Self::NoLease
+            | Self::Role { .. }
+            | Self::WrongPhase { .. } => Code::FailedPrecondition,
+            Self::BackupAway { .. } | Self::NoBackup { .. } | Self::Unconfirmed { .. } | Self::Draining => {
+                Code::Unavailable
             }
-            Self::SequenceTooOld { .. } | Self::SequenceReused { .. } | Self::Shrink { .. } | Self::Fenced { .. } => {
-                Code::FailedPrecondition
-            }
-            Self::BackupAway { .. } | Self::Unconfirmed { .. } | Self::Draining => Code::Unavailable,
+            Self::Pool { code, .. } => *code,
             Self::Superseded { .. } => Code::Aborted,
             Self::Damaged { .. } => Code::DataLoss,
             Self::Storage { .. } => Code::Internal,

@@ -4,10 +4,22 @@
 //! ([`api`]), which orders them and answers when they are durable.
 
 pub mod api;
+mod compare;
+mod control;
 pub mod engine;
 pub mod error;
 pub mod link;
 pub mod node;
+mod pace;
+mod repair;
+pub mod replicator;
 pub mod run;
+pub mod runner;
+mod schedule;
 pub mod sender;
 pub mod services;
+pub mod snapshot_schedule;
+mod standing;
+pub mod verify;
+mod waiters;
+mod window;

@@ -15,6 +15,8 @@ pub fn status(status: &v1::Status) -> Value {
         "version": status.version,
         "recovery_seconds": status.recovery_seconds,
         "recovery_records": status.recovery_records,
+        "fenced_by": status.fenced_by,
+        "lease_remaining_seconds": status.lease_remaining_seconds,
         "link": status.link.as_ref().map(|link| json!({
             "state": link.state,
             "rtt_ms": link.rtt_ms,
@@ -51,15 +53,89 @@ fn volume(volume: &v1::VolumeStatus) -> Value {
             "acked": position(at.acked.as_ref()),
             "applied": position(at.applied.as_ref()),
         })),
+        "dirty_blocks": volume.dirty_blocks,
         "bytes_at_risk": volume.bytes_at_risk,
-        "recovery_point": volume.recovery_point.as_ref().map(|point| json!({
-            "position": position(point.position.as_ref()),
-            "time": point.time_unix_ms,
-            "age_seconds": point.age_seconds,
-        })),
+        "redundancy": volume.redundancy.as_ref().map(redundancy),
+        "last_run": volume.last_run.as_ref().map(last_run),
+        "run": volume.run.as_ref().map(run_progress),
+        "recovery_point": volume.recovery_point.as_ref().map(recovery_point),
+        "lanes": volume.lanes.iter().map(lane).collect::<Vec<_>>(),
         "consistent": volume.consistent,
+        "diverged": volume.diverged,
         "ack": word(volume.ack().as_str_name(), "ACK_RULE_"),
         "away": word(volume.away().as_str_name(), "AWAY_RULE_"),
+    })
+}
+
+fn recovery_point(point: &v1::RecoveryPoint) -> Value {
+    json!({
+        "position": position(point.position.as_ref()),
+        "time": point.time_unix_ms,
+        "age_seconds": point.age_seconds,
+    })
+}
+
+fn lane(lane: &v1::LaneStatus) -> Value {
+    json!({
+        "lane": lane.lane,
+        "name": lane.name,
+        "class": lane.class,
+        "recovery_point": lane.recovery_point.as_ref().map(recovery_point),
+        "retained_bytes": lane.retained_bytes,
+    })
+}
+
+/// `{cr_bytes,dr_bytes,ratio}`; the ratio is `null` where nothing is retained.
+#[must_use]
+pub fn redundancy(redundancy: &v1::Redundancy) -> Value {
+    json!({"cr_bytes": redundancy.cr_bytes, "dr_bytes": redundancy.dr_bytes, "ratio": redundancy.ratio})
+}
+
+/// `{kind,result,bytes,seconds,ended_unix_ms,reason}`.
+#[must_use]
+pub fn last_run(run: &v1::LastRun) -> Value {
+    json!({
+        "kind": run.kind,
+        "result": run.result,
+        "bytes": run.bytes,
+        "seconds": run.seconds,
+        "ended_unix_ms": run.ended_unix_ms,
+        "reason": run.reason,
+    })
+}
+
+/// `{kind,done_bytes,total_bytes,eta_seconds,started_unix_ms}`; the eta is `null` where it is not known.
+#[must_use]
+pub fn run_progress(run: &v1::RunProgress) -> Value {
+    json!({
+        "kind": run.kind,
+        "done_bytes": run.done_bytes,
+        "total_bytes": run.total_bytes,
+        "eta_seconds": run.eta_seconds,
+        "started_unix_ms": run.started_unix_ms,
+    })
+}
+
+/// A decision with its reasons.
+#[must_use]
+pub fn decision(decision: &v1::Decision) -> Value {
+    let reason = |reason: &v1::Reason| {
+        json!({
+            "rule": reason.rule,
+            "value": reason.value,
+            "threshold": reason.threshold,
+            "unit": reason.unit,
+            "verdict": reason.verdict,
+        })
+    };
+    json!({
+        "time_unix_ms": decision.time_unix_ms,
+        "action": decision.action,
+        "cause": decision.cause,
+        "run_kind": decision.run_kind,
+        "holds": decision.holds,
+        "because": decision.because.iter().map(reason).collect::<Vec<_>>(),
+        "alternative": decision.alternative,
     })
 }
 
@@ -96,5 +172,7 @@ mod tests {
         assert_eq!(json["volumes"][0]["phase"], "final_round");
         assert_eq!(json["volumes"][0]["position"]["acked"], json!({"generation": 1, "lsn": 9}));
         assert_eq!(json["link"], Value::Null);
+        let fields = ["dirty_blocks", "redundancy", "last_run", "run"];
+        assert!(fields.iter().all(|field| json["volumes"][0].get(field).is_some()));
     }
 }

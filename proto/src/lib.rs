@@ -6,6 +6,10 @@ pub mod codec;
 pub mod convert;
 pub mod json;
 pub mod methods;
+pub mod policy;
+pub mod pool;
+pub mod seal;
+pub mod together;
 
 /// Package `understudy.v1`.
 #[allow(missing_docs)]

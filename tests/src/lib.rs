@@ -1,6 +1,6 @@
 //! Harness for whole-system tests.
 
+pub mod integrity;
 pub mod process;
-pub mod proxy;
 pub mod sim;
 pub mod virtual_pair;

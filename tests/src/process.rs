@@ -3,6 +3,7 @@
 //! Every wait is a polling loop with a deadline; a wait that fails says what the service logged last.
 
 pub mod alone;
+pub mod duo;
 pub mod load;
 pub mod pair;
 
@@ -83,6 +84,32 @@ pub fn service(role: Role) -> Command {
     command
 }
 
+/// The command of a service that sees `hosts` in the place of the machine's `/etc/hosts`: in a mount namespace of its own.
+#[must_use]
+pub fn service_with_hosts(role: Role, hosts: &Path) -> Command {
+    let service = service(role);
+    let mut command = namespace();
+    command.args(["sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\""]).arg(hosts).arg(service.get_program());
+    // It sets none, it only removes some.
+    for (name, _) in service.get_envs() {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Whether [`service_with_hosts`] works on this machine.
+#[must_use]
+pub fn has_namespaces() -> bool {
+    let tried = namespace().args(["mount", "--bind", "/etc/hosts", "/etc/hosts"]).output();
+    tried.is_ok_and(|output| output.status.success())
+}
+
+fn namespace() -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--mount"]);
+    command
+}
+
 /// A service's process. Killed by SIGKILL when dropped.
 #[derive(Debug)]
 pub struct Node {
@@ -101,6 +128,14 @@ impl Node {
     /// # Errors
     /// A file cannot be made or the binary not be started.
     pub fn spawn(role: Role, data_dir: &Path, args: &[&str]) -> Result<Self> {
+        Self::spawn_by(service(role), data_dir, args)
+    }
+
+    /// As [`Node::spawn`], by a command that becomes the service.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn spawn_by(mut command: Command, data_dir: &Path, args: &[&str]) -> Result<Self> {
         let log = data_dir.with_extension("log");
         let ready_file = data_dir.with_extension("ready");
         match fs::remove_file(&ready_file) {
@@ -108,7 +143,7 @@ impl Node {
             _ => {}
         }
         let output = File::options().create(true).append(true).open(&log)?;
-        let child = service(role)
+        let child = command
             .arg("--data-dir")
             .arg(data_dir)
             .arg("--ready-file")
@@ -119,7 +154,7 @@ impl Node {
             .stdout(output.try_clone()?)
             .stderr(output)
             .spawn()
-            .with_context(|| format!("the {} cannot be started", role.name()))?;
+            .with_context(|| format!("{} cannot be started", command.get_program().display()))?;
         Ok(Self { child, log, ready_file, grpc: None, replica: None })
     }
 
@@ -169,8 +204,7 @@ impl Node {
     /// # Errors
     /// The process is gone.
     pub fn terminate(&self) -> Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
-        Ok(kill_process(pid, Signal::TERM)?)
+        self.signal(Signal::TERM)
     }
 
     /// SIGSTOP: it keeps its connections and says nothing any more. SIGKILL still ends it.
@@ -178,8 +212,20 @@ impl Node {
     /// # Errors
     /// The process is gone.
     pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    /// SIGCONT: it goes on where it was.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
-        Ok(kill_process(pid, Signal::STOP)?)
+        Ok(kill_process(pid, signal)?)
     }
 
     /// Waits until the process ends by itself.

@@ -7,7 +7,7 @@ use std::{
     fs,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -15,16 +15,17 @@ use rand::{Rng as _, SeedableRng as _, seq::SliceRandom as _};
 use rand_pcg::Pcg64Mcg;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use understudy_proto::v1::{self, AckRule, block_service_client::BlockServiceClient};
-use understudy_tests::{
-    process::{
-        Node, Role,
-        alone::{Alone, EXIT_STORAGE, refuses_to_start},
-        load::{self, BLOCK_BYTES, BLOCKS_PER_WRITER, Load},
-        pair::Pair,
-        seed, service,
-    },
-    proxy::Link,
+use understudy_common::proxy::Link;
+use understudy_proto::v1::{
+    self, AckRule, AwayRule, block_service_client::BlockServiceClient,
+    replication_service_client::ReplicationServiceClient,
+};
+use understudy_tests::process::{
+    Node, PATIENCE, Role,
+    alone::{Alone, EXIT_STORAGE, refuses_to_start},
+    load::{self, BLOCK_BYTES, BLOCKS_PER_WRITER, Load},
+    pair::Pair,
+    seed, service,
 };
 
 const EXIT_BAD_CONFIGURATION: i32 = 64;
@@ -41,7 +42,7 @@ async fn rounds_of_sigkill_lose_nothing() -> Result<()> {
     let volumes = [("staged", AckRule::Staged), ("both", AckRule::Both)];
     let mut pair = Pair::start().await?;
     for (name, ack) in volumes {
-        pair.create_volume(name, (WRITERS_PER_VOLUME * BLOCKS_PER_WRITER) as u64, ack).await?;
+        pair.create_volume(name, (WRITERS_PER_VOLUME * BLOCKS_PER_WRITER) as u64, ack, AwayRule::Degrade).await?;
     }
     let mut load = Load::start(seed, &volumes.map(|(name, _)| name), WRITERS_PER_VOLUME);
     load.serve(Some(pair.node(Role::Primary)?.channel()?));
@@ -172,6 +173,47 @@ async fn sigterm_ends_an_open_stream_and_keeps_what_it_acknowledged() -> Result<
 
     let alone = Alone::reopen(directory.path(), "node", &[]).await?;
     assert_eq!(alone.read(1).await?, load::fill(0, 1, 1));
+    Ok(())
+}
+
+/// The kept events behind number `after`, up to one of `kind`.
+async fn events_up_to(alone: &Alone, after: u64, kind: &str) -> Result<Vec<(u64, String)>> {
+    let mut client = ReplicationServiceClient::new(alone.node.channel()?);
+    let mut answers = client.watch_events(v1::WatchEventsRequest { after }).await?.into_inner();
+    let mut events = Vec::new();
+    while let Some(event) = tokio::time::timeout(PATIENCE, answers.message()).await?? {
+        events.push((event.number, event.kind));
+        if events.last().is_some_and(|(_, last)| last == kind) {
+            return Ok(events);
+        }
+    }
+    bail!("the stream ended; events so far: {events:?}")
+}
+
+#[tokio::test]
+async fn events_survive_sigkill_and_an_end_in_order() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let mut alone = Alone::start(directory.path(), "node", &[]).await?;
+    // They are written behind the answers.
+    let file = directory.path().join("node/events.jsonl");
+    let deadline = Instant::now() + PATIENCE;
+    while !fs::read_to_string(&file)?.contains("volume.created") {
+        ensure!(Instant::now() < deadline, "the event was not written within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    alone.node.kill()?;
+
+    let mut alone = Alone::reopen(directory.path(), "node", &[]).await?;
+    let events = events_up_to(&alone, 1, "node.started").await?;
+    assert_eq!(events[0], (2, "volume.created".into()));
+    let (restarted, _) = events[1];
+    assert!(events.len() == 2 && restarted > 3, "numbers that may have been shown were given again: {events:?}");
+    alone.node.terminate()?;
+    ensure!(alone.node.wait_exit().await?.success(), "{}", alone.node.log_tail());
+
+    let alone = Alone::reopen(directory.path(), "node", &[]).await?;
+    let events = events_up_to(&alone, restarted, "node.started").await?;
+    assert_eq!(events, [(restarted + 1, "node.ended".into()), (restarted + 2, "node.started".into())]);
     Ok(())
 }
 

@@ -1,5 +1,7 @@
 //! The gRPC services of the backup: wire to node and back, nothing else.
 
+mod clones;
+mod pieces;
 mod replica;
 mod serving;
 #[cfg(test)]
@@ -18,10 +20,14 @@ use understudy_common::{
 use understudy_proto::{
     FILE_DESCRIPTOR_SET,
     methods::methods,
-    v1::{backup_service_server::BackupServiceServer, replica_service_server::ReplicaServiceServer},
+    v1::{
+        backup_service_server::BackupServiceServer, block_service_server::BlockServiceServer,
+        replica_service_server::ReplicaServiceServer, volume_service_server::VolumeServiceServer,
+    },
 };
 
-use crate::api::ReplicaNode;
+use crate::api::{NodeError, ReplicaNode};
+use clones::{CloneBlocks, CloneVolumes};
 use replica::ReplicaFrontend;
 use serving::BackupFrontend;
 
@@ -38,10 +44,16 @@ struct Shared<N> {
     shutdown: CancellationToken,
 }
 
+/// Refuses more than a message may carry.
+fn within(bytes: u64, limit: usize) -> Result<(), NodeError> {
+    let limit_bytes = u64::try_from(limit).unwrap_or(u64::MAX);
+    if bytes > limit_bytes { Err(NodeError::TooLarge { bytes, limit_bytes }) } else { Ok(()) }
+}
+
 /// Which services a listener has, beside health and reflection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Audience {
-    /// Operators and readers: `BackupService`.
+    /// Operators and readers: `BackupService`, and `BlockService` and `VolumeService` of clones.
     Operators,
     /// The primary: `ReplicaService`.
     Primary,
@@ -71,9 +83,9 @@ pub async fn services<N: ReplicaNode>(
     // A record of the primary's largest write, widened to whole blocks, with its checksums.
     let record_limit = limits.message_bytes + limits.message_bytes / 64 + (256 << 10);
     let names: &[&'static str] = match audience {
-        Audience::Operators => &[Backup::<N>::NAME],
+        Audience::Operators => &[Backup::<N>::NAME, Blocks::<N>::NAME, Volumes::<N>::NAME],
         Audience::Primary => &[Replica::<N>::NAME],
-        Audience::All => &[Backup::<N>::NAME, Replica::<N>::NAME],
+        Audience::All => &[Backup::<N>::NAME, Blocks::<N>::NAME, Volumes::<N>::NAME, Replica::<N>::NAME],
     };
     let (reporter, health_server) = tonic_health::server::health_reporter();
     let health = Health { reporter, names: names.to_vec() };
@@ -97,11 +109,22 @@ pub async fn services<N: ReplicaNode>(
                 .max_encoding_message_size(limit),
         );
     if audience != Audience::Primary {
-        routes = routes.add_service(
-            Backup::new(BackupFrontend(shared.clone()))
-                .max_decoding_message_size(limit)
-                .max_encoding_message_size(limit),
-        );
+        routes = routes
+            .add_service(
+                Backup::new(BackupFrontend(shared.clone()))
+                    .max_decoding_message_size(limit)
+                    .max_encoding_message_size(limit),
+            )
+            .add_service(
+                Blocks::new(CloneBlocks(shared.clone()))
+                    .max_decoding_message_size(limit)
+                    .max_encoding_message_size(limit),
+            )
+            .add_service(
+                Volumes::new(CloneVolumes(shared.clone()))
+                    .max_decoding_message_size(limit)
+                    .max_encoding_message_size(limit),
+            );
     }
     if audience != Audience::Operators {
         routes = routes.add_service(
@@ -121,6 +144,8 @@ pub async fn services<N: ReplicaNode>(
 }
 
 type Backup<N> = BackupServiceServer<BackupFrontend<N>>;
+type Blocks<N> = BlockServiceServer<CloneBlocks<N>>;
+type Volumes<N> = VolumeServiceServer<CloneVolumes<N>>;
 type Replica<N> = ReplicaServiceServer<ReplicaFrontend<N>>;
 
 /// `grpc.health.v1`: of the listener as a whole and of each of its services.

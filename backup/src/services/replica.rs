@@ -2,17 +2,23 @@
 
 use std::pin::Pin;
 
-use tokio::sync::oneshot;
-use tokio_stream::{Stream, StreamExt};
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use understudy_common::types::Uid;
 use understudy_proto::{
     convert,
+    together::next_together,
     v1::{self, replica_service_server::ReplicaService},
 };
 
 use super::Shared;
-use crate::api::{NodeError, ReplicaNode};
+use crate::api::{NodeError, ReplicaNode, When};
+
+/// Batches of a run that are taken and not answered.
+const BATCHES: usize = 64;
+/// Ranges in one message.
+const RANGES: usize = 16 * 1024;
 
 pub(super) struct ReplicaFrontend<N>(pub Shared<N>);
 
@@ -36,6 +42,118 @@ impl<N: ReplicaNode> ReplicaService for ReplicaFrontend<N> {
         request: Request<v1::HeartbeatRequest>,
     ) -> Result<Response<v1::HeartbeatResponse>, Status> {
         Ok(Response::new(self.0.node.heartbeat(request.into_inner()).await?))
+    }
+
+    async fn snapshot(&self, request: Request<v1::BeginRunRequest>) -> Result<Response<v1::BeginRunResponse>, Status> {
+        Ok(Response::new(self.0.node.begin_run(request.into_inner()).await?))
+    }
+
+    type DeltaBatchStream = Pin<Box<dyn Stream<Item = Result<v1::DeltaBatchResponse, Status>> + Send>>;
+
+    async fn delta_batch(
+        &self,
+        request: Request<Streaming<v1::DeltaBatchRequest>>,
+    ) -> Result<Response<Self::DeltaBatchStream>, Status> {
+        let (taken, answers) = mpsc::channel(BATCHES);
+        tokio::spawn(take_batches(self.0.clone(), request.into_inner(), taken));
+        let node = self.0.node.clone();
+        let answers = ReceiverStream::new(answers).then(move |taken: Result<When<_>, Status>| {
+            let node = node.clone();
+            async move {
+                let When { at, answer } = taken?;
+                node.durable(at).await?;
+                Ok(answer)
+            }
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn digest(&self, request: Request<v1::DigestRequest>) -> Result<Response<v1::DigestResponse>, Status> {
+        Ok(Response::new(self.0.node.digest(request.into_inner()).await?))
+    }
+
+    type GetDivergenceStream = Pin<Box<dyn Stream<Item = Result<v1::DivergedRanges, Status>> + Send>>;
+
+    async fn get_divergence(
+        &self,
+        request: Request<v1::GetDivergenceRequest>,
+    ) -> Result<Response<Self::GetDivergenceStream>, Status> {
+        let volumes = self.0.node.divergence(request.into_inner()).await?;
+        let messages = volumes.into_iter().flat_map(|(volume, blocks)| {
+            let mut next = 0;
+            std::iter::from_fn(move || {
+                let mut ranges = Vec::new();
+                while ranges.len() < 2 * RANGES
+                    && let Some((first, count)) = blocks.next_run(next, u64::MAX)
+                {
+                    ranges.extend([first, count]);
+                    next = first + count;
+                }
+                (!ranges.is_empty()).then(|| Ok(v1::DivergedRanges { volume_id: volume.0, ranges }))
+            })
+        });
+        Ok(Response::new(Box::pin(tokio_stream::iter(messages))))
+    }
+
+    async fn commit_delta(
+        &self,
+        request: Request<v1::CommitDeltaRequest>,
+    ) -> Result<Response<v1::CommitDeltaResponse>, Status> {
+        Ok(Response::new(self.0.node.commit_run(request.into_inner()).await?))
+    }
+
+    async fn abort_delta(
+        &self,
+        request: Request<v1::AbortDeltaRequest>,
+    ) -> Result<Response<v1::AbortDeltaResponse>, Status> {
+        Ok(Response::new(self.0.node.abort_run(request.into_inner()).await?))
+    }
+
+    async fn end_verify(
+        &self,
+        request: Request<v1::EndVerifyRequest>,
+    ) -> Result<Response<v1::EndVerifyResponse>, Status> {
+        Ok(Response::new(self.0.node.end_verify(request.into_inner()).await?))
+    }
+
+    async fn scrub(
+        &self,
+        request: Request<v1::ReplicaScrubRequest>,
+    ) -> Result<Response<v1::ReplicaScrubResponse>, Status> {
+        Ok(Response::new(self.0.node.scrub(request.into_inner()).await?))
+    }
+
+    async fn fetch_block(
+        &self,
+        request: Request<v1::FetchBlockRequest>,
+    ) -> Result<Response<v1::FetchBlockResponse>, Status> {
+        Ok(Response::new(self.0.node.fetch_block(request.into_inner()).await?))
+    }
+}
+
+/// Batches go to the node in their order, at most [`BATCHES`] ahead of their answers.
+async fn take_batches<N: ReplicaNode>(
+    shared: Shared<N>,
+    mut batches: Streaming<v1::DeltaBatchRequest>,
+    taken: mpsc::Sender<Result<When<v1::DeltaBatchResponse>, Status>>,
+) {
+    loop {
+        let batch = tokio::select! {
+            biased;
+            () = shared.shutdown.cancelled() => break drop(taken.send(Err(NodeError::Draining.into())).await),
+            () = taken.closed() => return,
+            batch = batches.next() => batch,
+        };
+        let answer = match batch {
+            None => return,
+            Some(Err(status)) => Err(status),
+            Some(Ok(batch)) => shared.node.take_batch(batch).await.map_err(Status::from),
+        };
+        let over = answer.is_err();
+        // A failed send says that the primary is gone.
+        if taken.send(answer).await.is_err() || over {
+            return;
+        }
     }
 }
 
@@ -71,29 +189,45 @@ async fn receive_all<N: ReplicaNode>(
 ) {
     let mut name_session = Some(name_session);
     let mut last = 0;
+    let weigh = |record: &v1::StagedRecord| match &record.op {
+        Some(v1::staged_record::Op::Write(write)) => write.data.len(),
+        _ => 0,
+    };
     let ended = loop {
-        let record = tokio::select! {
+        let messages = tokio::select! {
             biased;
             () = shared.shutdown.cancelled() => break Err(NodeError::Draining.into()),
             // The primary is gone: nobody would hear of acknowledgements.
             () = end.closed() => return,
-            record = records.next() => record,
+            messages = next_together(&mut records, weigh) => messages,
         };
-        let record = match record {
-            None => break Ok(last),
-            Some(Err(status)) => break Err(status),
-            Some(Ok(record)) => record,
-        };
-        if let Some(name_session) = name_session.take() {
-            match convert::uid("session", &record.session) {
+        let Some(messages) = messages else { break Ok(last) };
+        // A status ends the stream behind what came before it.
+        let mut failed = None;
+        let mut together = Vec::with_capacity(messages.len());
+        for message in messages {
+            match message {
+                Ok(record) => together.push(record),
+                Err(status) => failed = Some(status),
+            }
+        }
+        if let Some(first) = together.first()
+            && let Some(name_session) = name_session.take()
+        {
+            match convert::uid("session", &first.session) {
                 // A failed send says that the other half is gone, which the next round notices.
                 Ok(session) => drop(name_session.send(session)),
                 Err(error) => break Err(NodeError::from(error).into()),
             }
         }
-        last = record.ship;
-        if let Err(error) = shared.node.receive(record).await {
+        last = together.last().map_or(last, |record| record.ship);
+        if !together.is_empty()
+            && let Err(error) = shared.node.receive(together).await
+        {
             break Err(error.into());
+        }
+        if let Some(status) = failed {
+            break Err(status);
         }
     };
     // As above.

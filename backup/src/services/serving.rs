@@ -4,14 +4,15 @@ use std::pin::Pin;
 
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
-use understudy_common::types::VolumeId;
+use understudy_common::types::Position;
 use understudy_proto::v1::{self, backup_service_server::BackupService, read_image_response::Content};
 
-use super::Shared;
+use super::{
+    Shared,
+    pieces::{Pieces, Source, pieces},
+    within,
+};
 use crate::api::{ImageInfo, NodeError, PieceContent, ReplicaNode, VolumeKey};
-
-/// Payload of one answer where the reader leaves it to us.
-const CHUNK_BYTES: u64 = 1 << 20;
 
 pub(super) struct BackupFrontend<N>(pub Shared<N>);
 
@@ -40,85 +41,100 @@ impl<N: ReplicaNode> BackupService for BackupFrontend<N> {
         Ok(Response::new(Box::pin(answers)))
     }
 
+    async fn promote(&self, request: Request<v1::PromoteRequest>) -> Result<Response<v1::PromoteResponse>, Status> {
+        Ok(Response::new(self.0.node.promote(request.into_inner()).await?))
+    }
+
+    async fn resolve_split_brain(
+        &self,
+        _: Request<v1::ResolveSplitBrainRequest>,
+    ) -> Result<Response<v1::ResolveSplitBrainResponse>, Status> {
+        Ok(Response::new(self.0.node.resolve().await?))
+    }
+
+    async fn get_pool(&self, _: Request<v1::GetPoolRequest>) -> Result<Response<v1::Pool>, Status> {
+        Ok(Response::new(self.0.node.pool()))
+    }
+
+    async fn add_device(&self, request: Request<v1::AddDeviceRequest>) -> Result<Response<v1::PoolDevice>, Status> {
+        Ok(Response::new(self.0.node.add_device(request.into_inner()).await?))
+    }
+
+    async fn drain_device(&self, request: Request<v1::DrainDeviceRequest>) -> Result<Response<v1::PoolDevice>, Status> {
+        Ok(Response::new(self.0.node.drain_device(request.into_inner()).await?))
+    }
+
+    async fn list_segments(
+        &self,
+        request: Request<v1::ListSegmentsRequest>,
+    ) -> Result<Response<v1::ListSegmentsResponse>, Status> {
+        Ok(Response::new(self.0.node.list_segments(request.into_inner())?))
+    }
+
     async fn read_blocks(
         &self,
         request: Request<v1::ReadImageRequest>,
     ) -> Result<Response<Self::ReadBlocksStream>, Status> {
-        let v1::ReadImageRequest { volume_id, volume, offset_bytes, length_bytes, chunk_bytes } = request.into_inner();
-        let limit_bytes = u64::try_from(self.0.message_bytes).unwrap_or(u64::MAX);
-        let bytes = u64::from(chunk_bytes);
-        if bytes > limit_bytes {
-            return Err(NodeError::TooLarge { bytes, limit_bytes }.into());
-        }
-        let image = self.0.node.open_image(&key(volume_id, volume)?).await?;
+        let v1::ReadImageRequest { volume_id, volume, offset_bytes, length_bytes, chunk_bytes, snapshot } =
+            request.into_inner();
+        within(chunk_bytes.into(), self.0.message_bytes)?;
+        let snapshot = (!snapshot.is_empty()).then_some(snapshot);
+        let image = self.0.node.open_image(&VolumeKey::of(volume_id, volume)?, snapshot.as_deref()).await?;
         let info = self.0.node.image_info(&image);
-        let length_bytes = match (info.size_bytes.checked_sub(offset_bytes), length_bytes) {
-            (Some(rest), 0) => rest,
-            (Some(rest), length) if length <= rest => length,
-            _ => {
-                let ImageInfo { volume, size_bytes, .. } = info;
-                return Err(NodeError::OutOfRange { volume, offset_bytes, length_bytes, size_bytes }.into());
-            }
-        };
-        let read = Read {
-            image,
-            info,
-            next: offset_bytes,
-            end: offset_bytes + length_bytes,
-            chunk_bytes: if bytes == 0 { CHUNK_BYTES.min(limit_bytes) } else { bytes },
-        };
-        Ok(Response::new(Box::pin(read_pieces(self.0.clone(), read))))
+        let range = Pieces::of(&info.volume, info.size_bytes, offset_bytes, length_bytes, chunk_bytes, &self.0)?;
+        Ok(Response::new(Box::pin(pieces(self.0.clone(), ImageSource { image, info }, range))))
+    }
+
+    async fn clone_snapshot(&self, request: Request<v1::CloneImageRequest>) -> Result<Response<v1::CloneInfo>, Status> {
+        Ok(Response::new(self.0.node.make_clone(request.into_inner()).await?))
+    }
+
+    async fn delete_clone(
+        &self,
+        request: Request<v1::DeleteCloneRequest>,
+    ) -> Result<Response<v1::DeleteCloneResponse>, Status> {
+        self.0.node.delete_clone(&request.into_inner().name).await?;
+        Ok(Response::new(v1::DeleteCloneResponse {}))
+    }
+
+    async fn list_clones(&self, _: Request<v1::ListClonesRequest>) -> Result<Response<v1::ListClonesResponse>, Status> {
+        Ok(Response::new(v1::ListClonesResponse { clones: self.0.node.clones() }))
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<v1::ListSnapshotsRequest>,
+    ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
+        let group = request.into_inner().group;
+        let snapshots = self.0.node.snapshots((!group.is_empty()).then_some(&group)).await?;
+        Ok(Response::new(v1::ListSnapshotsResponse { snapshots }))
     }
 }
 
-fn key(volume_id: u64, volume: String) -> Result<VolumeKey, NodeError> {
-    match (volume_id, volume.is_empty()) {
-        (0, true) => {
-            Err(NodeError::Invalid { field: "volume", why: "names no volume; set volume_id or volume".into() })
-        }
-        (0, false) => Ok(VolumeKey::Name(volume)),
-        (id, _) => Ok(VolumeKey::Id(VolumeId(id))),
-    }
-}
-
-struct Read<I> {
+/// An open image, all of one position.
+struct ImageSource<I> {
     image: I,
     info: ImageInfo,
-    next: u64,
-    end: u64,
-    chunk_bytes: u64,
 }
 
-/// The pieces of a range in ascending order, all of one position, up to the first error.
-fn read_pieces<N: ReplicaNode>(
-    shared: Shared<N>,
-    read: Read<N::Image>,
-) -> impl Stream<Item = Result<v1::ReadImageResponse, Status>> + Send {
-    futures_util::stream::try_unfold((shared, read), |(shared, mut read)| async move {
-        if read.next >= read.end {
-            return Ok(None);
-        }
-        if shared.shutdown.is_cancelled() {
-            return Err(NodeError::Draining.into());
-        }
-        let rest = read.end - read.next;
-        let (content, crc32c, bytes) =
-            match shared.node.read_piece(&read.image, read.next, rest.min(read.chunk_bytes)).await? {
-                PieceContent::Data { data, crc32c } => {
-                    let bytes = u64::try_from(data.len()).unwrap_or(u64::MAX);
-                    (Content::Data(data), crc32c, bytes)
-                }
-                PieceContent::Zeros(bytes) => (Content::ZeroBytes(bytes.min(rest)), 0, bytes.min(rest)),
-            };
-        assert!(bytes > 0 && bytes <= rest, "a piece of {bytes} bytes for a rest of {rest}");
-        let answer = v1::ReadImageResponse {
-            offset_bytes: read.next,
+impl<N: ReplicaNode> Source<N> for ImageSource<N::Image> {
+    type Answer = v1::ReadImageResponse;
+
+    async fn read(&self, node: &N, at: u64, max: u64) -> Result<(PieceContent, Position), NodeError> {
+        Ok((node.read_piece(&self.image, at, max).await?, self.info.position))
+    }
+
+    fn answer(&self, offset_bytes: u64, piece: PieceContent, position: Position) -> Self::Answer {
+        let (content, crc32c) = match piece {
+            PieceContent::Data { data, crc32c } => (Content::Data(data), crc32c),
+            PieceContent::Zeros(bytes) => (Content::ZeroBytes(bytes), 0),
+        };
+        v1::ReadImageResponse {
+            offset_bytes,
             content: Some(content),
             crc32c,
-            position: Some(read.info.position.into()),
-            volume_size_bytes: read.info.size_bytes,
-        };
-        read.next += bytes;
-        Ok(Some((answer, (shared, read))))
-    })
+            position: Some(position.into()),
+            volume_size_bytes: self.info.size_bytes,
+        }
+    }
 }

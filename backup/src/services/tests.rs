@@ -1,7 +1,7 @@
 //! The services over a real loopback socket, with a node in memory.
 
 use crate::receiver::AttachRefusal;
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -11,10 +11,11 @@ use tonic::{Code, Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use understudy_common::{
     config::{self, BackupConfig, Start},
+    delta::BlockSet,
     process::Failure,
     serve::{self, Protocol, ServeLimits},
     telemetry::Telemetry,
-    types::{Lsn, Position, Uid},
+    types::{Lsn, Position, Uid, VolumeId},
 };
 use understudy_proto::v1::{
     self, backup_service_client::BackupServiceClient, read_image_response::Content,
@@ -48,12 +49,14 @@ impl ReplicaNode for Memory {
         Ok(v1::AttachResponse { session: SESSION, ..Default::default() })
     }
 
-    async fn receive(&self, record: v1::StagedRecord) -> Result<(), NodeError> {
-        let expected = *self.0.received.borrow() + 1;
-        if record.ship != expected {
-            return Err(NodeError::Frame { why: format!("{} came where {expected} was next", record.ship) });
+    async fn receive(&self, records: Vec<v1::StagedRecord>) -> Result<(), NodeError> {
+        for record in records {
+            let expected = *self.0.received.borrow() + 1;
+            if record.ship != expected {
+                return Err(NodeError::Frame { why: format!("{} came where {expected} was next", record.ship) });
+            }
+            self.0.received.send_replace(record.ship);
         }
-        self.0.received.send_replace(record.ship);
         Ok(())
     }
 
@@ -70,11 +73,128 @@ impl ReplicaNode for Memory {
         Ok(v1::HeartbeatResponse { session: request.session, durable_ship, ..Default::default() })
     }
 
-    async fn open_image(&self, volume: &VolumeKey) -> Result<Image, NodeError> {
+    async fn begin_run(&self, request: v1::BeginRunRequest) -> Result<v1::BeginRunResponse, NodeError> {
+        Ok(v1::BeginRunResponse { session: request.session, opening: 1, ..Default::default() })
+    }
+
+    async fn take_batch(&self, batch: v1::DeltaBatchRequest) -> Result<When<v1::DeltaBatchResponse>, NodeError> {
+        if batch.opening != 1 {
+            return Err(NodeError::Run { why: format!("opening {} is over", batch.opening) });
+        }
+        let answer = v1::DeltaBatchResponse { run: batch.run, number: batch.number, ..Default::default() };
+        Ok(When { at: Lsn(batch.number), answer })
+    }
+
+    async fn durable(&self, lsn: Lsn) -> Result<(), NodeError> {
+        self.0.durable.subscribe().wait_for(|durable| *durable >= lsn.0).await.unwrap();
+        Ok(())
+    }
+
+    async fn digest(&self, request: v1::DigestRequest) -> Result<v1::DigestResponse, NodeError> {
+        Ok(v1::DigestResponse { session: request.session, same: vec![true; request.pieces.len()], crc32c: 0 })
+    }
+
+    async fn commit_run(&self, request: v1::CommitDeltaRequest) -> Result<v1::CommitDeltaResponse, NodeError> {
+        Ok(v1::CommitDeltaResponse { session: request.session, ..Default::default() })
+    }
+
+    async fn abort_run(&self, request: v1::AbortDeltaRequest) -> Result<v1::AbortDeltaResponse, NodeError> {
+        Ok(v1::AbortDeltaResponse { session: request.session, committed: false })
+    }
+
+    async fn end_verify(&self, request: v1::EndVerifyRequest) -> Result<v1::EndVerifyResponse, NodeError> {
+        Ok(v1::EndVerifyResponse { session: request.session })
+    }
+
+    async fn scrub(&self, request: v1::ReplicaScrubRequest) -> Result<v1::ReplicaScrubResponse, NodeError> {
+        let status = v1::ScrubStatus { running: request.start, volume_id: request.volume_id, ..Default::default() };
+        let session = request.session;
+        Ok(v1::ReplicaScrubResponse { session, status: Some(status), damaged: Vec::new() })
+    }
+
+    async fn fetch_block(&self, request: v1::FetchBlockRequest) -> Result<v1::FetchBlockResponse, NodeError> {
+        Err(NodeError::Damaged { volume: request.volume_id.to_string(), block: request.block })
+    }
+
+    async fn snapshots(&self, _: Option<&str>) -> Result<Vec<v1::SnapshotInfo>, NodeError> {
+        Ok(Vec::new())
+    }
+
+    async fn divergence(&self, _: v1::GetDivergenceRequest) -> Result<BTreeMap<VolumeId, BlockSet>, NodeError> {
+        let mut blocks = BlockSet::new();
+        (0..40_000).for_each(|n| blocks.insert_range(3 * n, 2));
+        Ok(BTreeMap::from([(VolumeId(7), blocks)]))
+    }
+
+    async fn promote(&self, request: v1::PromoteRequest) -> Result<v1::PromoteResponse, NodeError> {
+        match request.force {
+            true => Ok(v1::PromoteResponse { generation: request.expected_generation + 1, ..Default::default() }),
+            false => Err(NodeError::PrimaryServes { why: "attached".into(), bytes_at_risk: 9, heard_seconds: 1 }),
+        }
+    }
+
+    async fn resolve(&self) -> Result<v1::ResolveSplitBrainResponse, NodeError> {
+        Ok(v1::ResolveSplitBrainResponse { generation: 3 })
+    }
+
+    async fn make_clone(&self, request: v1::CloneImageRequest) -> Result<v1::CloneInfo, NodeError> {
+        Ok(v1::CloneInfo { name: request.name, ..Default::default() })
+    }
+
+    fn clones(&self) -> Vec<v1::CloneInfo> {
+        Vec::new()
+    }
+
+    async fn delete_clone(&self, name: &str) -> Result<(), NodeError> {
+        Err(NodeError::NoClone { name: name.into() })
+    }
+
+    fn clone_volumes(&self) -> Vec<v1::Volume> {
+        Vec::new()
+    }
+
+    fn clone_volume(&self, volume: &VolumeKey) -> Result<v1::Volume, NodeError> {
+        Err(NodeError::NotAClone { volume: volume.to_string() })
+    }
+
+    async fn write_clone(&self, request: CloneWrite) -> Result<v1::WriteBlockResponse, NodeError> {
+        Err(NodeError::NotAClone { volume: request.volume.to_string() })
+    }
+
+    async fn read_clone(&self, volume: &VolumeKey, _: u64, _: u64) -> Result<(Bytes, u32), NodeError> {
+        Err(NodeError::NotAClone { volume: volume.to_string() })
+    }
+
+    async fn read_clone_piece(
+        &self,
+        volume: &VolumeKey,
+        _: u64,
+        _: u64,
+    ) -> Result<(PieceContent, Position), NodeError> {
+        Err(NodeError::NotAClone { volume: volume.to_string() })
+    }
+
+    async fn open_image(&self, volume: &VolumeKey, _: Option<&str>) -> Result<Image, NodeError> {
         match volume {
             VolumeKey::Name(name) if name == "v" => Ok(Image),
             other => Err(NodeError::NoVolume { volume: other.to_string() }),
         }
+    }
+
+    fn pool(&self) -> v1::Pool {
+        v1::Pool::default()
+    }
+
+    async fn add_device(&self, request: v1::AddDeviceRequest) -> Result<v1::PoolDevice, NodeError> {
+        Ok(v1::PoolDevice { path: request.path, size_bytes: request.size_bytes, ..Default::default() })
+    }
+
+    async fn drain_device(&self, request: v1::DrainDeviceRequest) -> Result<v1::PoolDevice, NodeError> {
+        Err(NodeError::Pool { code: tonic::Code::NotFound, why: request.path })
+    }
+
+    fn list_segments(&self, _: v1::ListSegmentsRequest) -> Result<v1::ListSegmentsResponse, NodeError> {
+        Ok(v1::ListSegmentsResponse::default())
     }
 
     fn image_info(&self, _: &Image) -> ImageInfo {
@@ -272,4 +392,28 @@ async fn attach_and_heartbeat_pass_through() {
     served.node.0.durable.send_replace(4);
     let beat = v1::HeartbeatRequest { session: SESSION, ..Default::default() };
     assert_eq!(client.heartbeat(beat).await.unwrap().into_inner().durable_ship, 4);
+}
+
+#[tokio::test]
+async fn a_divergence_comes_in_messages_and_a_promotion_passes_through() {
+    let served = serve(Audience::All).await;
+    let mut client = ReplicaServiceClient::new(served.channel().await);
+    let mut messages = client.get_divergence(v1::GetDivergenceRequest::default()).await.unwrap().into_inner();
+    let (mut count, mut next) = (0, 0);
+    while let Some(message) = messages.next().await {
+        let v1::DivergedRanges { volume_id, ranges } = message.unwrap();
+        assert!(volume_id == 7 && !ranges.is_empty());
+        for range in ranges.chunks_exact(2) {
+            assert_eq!(range, [next, 2]);
+            next += 3;
+        }
+        count += 1;
+    }
+    assert_eq!((next, count), (120_000, 3));
+    let mut client = BackupServiceClient::new(served.channel().await);
+    let refused = client.promote(v1::PromoteRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("9 bytes that it acknowledged are not here"), "{refused}");
+    let forced = v1::PromoteRequest { expected_generation: 4, force: true, ..Default::default() };
+    assert_eq!(client.promote(forced).await.unwrap().into_inner().generation, 5);
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
-use understudy_client::proto::Position;
+use understudy_client::proto::{ListSnapshotsRequest, Position};
 use understudy_client::{Client, Content, ReadStream};
 use understudy_common::checksum::is_zero;
 
@@ -83,11 +83,20 @@ pub(crate) async fn export(
 ) -> Result<Exported> {
     let start = Instant::now();
     let (mut stream, mut total): (ReadStream, u64) = match from {
-        Origin::Primary(client) => {
-            let handle = client.volume(volume).await?;
-            (handle.read_stream(0..0), handle.volume().size_bytes)
-        }
-        Origin::Backup(client) => (client.backup().read_stream(volume, 0..0), 0),
+        Origin::Primary(client) => match volume.split_once('@') {
+            Some((volume, snapshot)) => {
+                let bytes = snapshot_bytes(client, volume, snapshot).await?;
+                (client.read_snapshot(volume, snapshot, 0..bytes), bytes)
+            }
+            None => {
+                let handle = client.volume(volume).await?;
+                (handle.read_stream(0..0), handle.volume().size_bytes)
+            }
+        },
+        Origin::Backup(client) => match volume.split_once('@') {
+            Some((volume, snapshot)) => (client.backup().read_snapshot(volume, snapshot, 0..0), 0),
+            None => (client.backup().read_stream(volume, 0..0), 0),
+        },
     };
     let name = path.display();
     // Opened with the first chunk: an export that is refused leaves the file as it was.
@@ -109,6 +118,15 @@ pub(crate) async fn export(
         None => 0,
     };
     Ok(Exported { bytes, data_bytes, time: start.elapsed(), position })
+}
+
+/// Size of a volume in a snapshot.
+async fn snapshot_bytes(client: &Client, volume: &str, snapshot: &str) -> Result<u64> {
+    let all = client.volumes().snapshots(ListSnapshotsRequest { group: volume.to_owned() }).await?.snapshots;
+    let found = all.iter().find(|s| s.name == snapshot).and_then(|s| s.volumes.iter().find(|v| v.name == volume));
+    let found =
+        found.with_context(|| format!("{volume} has no snapshot {snapshot}; `snapshot list` shows those it has"))?;
+    Ok(found.size_bytes)
 }
 
 /// A regular file is made sparse; a device gets its zeros written.

@@ -1,7 +1,9 @@
 //! `status`.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
-use understudy_client::proto::{Position, Status, VolumeStatus};
+use understudy_client::proto::{LaneStatus, Status, VolumeStatus};
 
 use crate::args::{Global, StatusArgs};
 use crate::convert;
@@ -61,13 +63,56 @@ fn text(status: &Status) -> String {
         ));
     }
     lines.push(table(
-        ["VOLUME", "SIZE", "ACK", "MODE", "PHASE", "DURABLE", "SENT", "ACKED", "AT RISK", "AGE", "CONSISTENT"],
+        ["VOLUME", "SIZE", "ACK", "MODE", "PHASE", "DURABLE", "SENT", "ACKED", "DIRTY", "AT RISK", "AGE", "CONSISTENT"],
         status.volumes.iter().map(row),
     ));
+    // Once for a group, whose volumes all say the same.
+    let mut told = BTreeSet::new();
+    for volume in status.volumes.iter().filter(|v| told.insert(&v.group)) {
+        lines.extend(runs(volume));
+        lines.extend(lanes(volume));
+    }
     lines.join("\n")
 }
 
-fn row(v: &VolumeStatus) -> [String; 11] {
+/// What a group's runs and its ledger say, where they say anything.
+fn runs(v: &VolumeStatus) -> Option<String> {
+    let mut parts = Vec::new();
+    if let Some(run) = &v.run {
+        let percent = run.done_bytes.saturating_mul(100).checked_div(run.total_bytes).unwrap_or(100);
+        let eta = run.eta_seconds.map_or_else(String::new, |eta| format!(", {eta:.0}s left"));
+        let (done, total) = (size(run.done_bytes), size(run.total_bytes));
+        parts.push(format!("{} run at {percent} % ({done} of {total}{eta})", run.kind));
+    }
+    if let Some(last) = &v.last_run {
+        let reason = if last.reason.is_empty() { String::new() } else { format!(": {}", last.reason) };
+        let when = ago(last.ended_unix_ms).as_secs();
+        let bytes = size(last.bytes);
+        parts.push(format!(
+            "last run {} {} {when}s ago, {bytes} in {:.1}s{reason}",
+            last.kind, last.result, last.seconds
+        ));
+    }
+    if let Some((redundancy, ratio)) = v.redundancy.as_ref().and_then(|r| r.ratio.map(|ratio| (r, ratio))) {
+        let (cr, dr) = (size(redundancy.cr_bytes), size(redundancy.dr_bytes));
+        parts.push(format!("redundancy {ratio:.2} ({cr} one by one, {dr} in a run)"));
+    }
+    (!parts.is_empty()).then(|| format!("{}: {}", v.group, parts.join("; ")))
+}
+
+/// The lanes of a group, where there are several.
+fn lanes(v: &VolumeStatus) -> Option<String> {
+    let lane = |l: &LaneStatus| {
+        let point = l.recovery_point.unwrap_or_default();
+        let class = if l.class.is_empty() { String::new() } else { format!(" ({})", l.class) };
+        let (at, age, retained) = (convert::position_text(point.position), point.age_seconds, size(l.retained_bytes));
+        format!("{}{class} at {at}, {age:.1}s old, {retained} not acknowledged", l.name)
+    };
+    let lanes: Vec<String> = v.lanes.iter().map(lane).collect();
+    (!lanes.is_empty()).then(|| format!("{} lanes: {}", v.group, lanes.join("; ")))
+}
+
+fn row(v: &VolumeStatus) -> [String; 12] {
     let position = v.position.unwrap_or_default();
     let mode = if v.cause.is_empty() {
         convert::mode(v.mode()).to_owned()
@@ -80,15 +125,73 @@ fn row(v: &VolumeStatus) -> [String; 11] {
         convert::ack(v.ack()).to_owned(),
         mode,
         convert::phase(v.phase()).to_owned(),
-        lsn(position.durable),
-        lsn(position.sent),
-        lsn(position.acked),
+        convert::position_text(position.durable),
+        convert::position_text(position.sent),
+        convert::position_text(position.acked),
+        size(v.dirty_blocks.saturating_mul(v.block_bytes.into())),
         size(v.bytes_at_risk),
         v.recovery_point.map_or_else(|| "-".to_owned(), |r| format!("{:.1}s", r.age_seconds)),
         if v.consistent { "yes" } else { "no" }.to_owned(),
     ]
 }
 
-fn lsn(position: Option<Position>) -> String {
-    position.map_or_else(|| "-".to_owned(), |p| format!("{}:{}", p.generation, p.lsn))
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use understudy_client::proto::{LastRun, Position, RecoveryPoint, Redundancy, RunProgress};
+
+    #[test]
+    fn a_group_tells_of_its_runs_once() {
+        let volume = |name: &str| VolumeStatus {
+            name: name.to_owned(),
+            group: "g".to_owned(),
+            block_bytes: 4096,
+            dirty_blocks: 512,
+            run: Some(RunProgress {
+                kind: "round".to_owned(),
+                done_bytes: 1 << 20,
+                total_bytes: 4 << 20,
+                eta_seconds: Some(2.7),
+                started_unix_ms: 1,
+            }),
+            last_run: Some(LastRun {
+                kind: "full".to_owned(),
+                result: "refused".to_owned(),
+                reason: "no space".to_owned(),
+                ..LastRun::default()
+            }),
+            redundancy: Some(Redundancy { cr_bytes: 9000, dr_bytes: 3000, ratio: Some(3.0) }),
+            ..VolumeStatus::default()
+        };
+        let text = text(&Status { volumes: vec![volume("a"), volume("b")], ..Status::default() });
+        for part in ["2.0 MiB", "g: round run at 25 % (1.0 MiB of 4.0 MiB, 3s left)", "redundancy 3.00 (8.8 KiB one"] {
+            assert_eq!(text.matches(part).count(), if part == "2.0 MiB" { 2 } else { 1 }, "{part} in {text}");
+        }
+        assert!(text.contains("last run full refused") && text.contains("no space"), "{text}");
+    }
+
+    #[test]
+    fn several_lanes_have_a_line() {
+        let lane = |name: &str, class: &str, lsn| LaneStatus {
+            name: name.into(),
+            class: class.into(),
+            recovery_point: Some(RecoveryPoint {
+                position: Some(Position { generation: 1, lsn }),
+                age_seconds: 0.25,
+                ..RecoveryPoint::default()
+            }),
+            retained_bytes: 4096,
+            ..LaneStatus::default()
+        };
+        let lanes = vec![lane("urgent", "immediate", 9), lane("1", "", 4)];
+        let volume = VolumeStatus { group: "g".into(), lanes, ..VolumeStatus::default() };
+        let text = text(&Status { volumes: vec![volume], ..Status::default() });
+        let expected = "g lanes: urgent (immediate) at 1:9, 0.2s old, 4.0 KiB not acknowledged; 1 at 1:4, 0.2s old";
+        assert!(text.contains(expected), "{text}");
+    }
+
+    #[test]
+    fn a_group_without_runs_has_no_line() {
+        assert_eq!(runs(&VolumeStatus { redundancy: Some(Redundancy::default()), ..VolumeStatus::default() }), None);
+    }
 }

@@ -1,4 +1,4 @@
-//! `volume` and `pool`.
+//! `volume`.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use understudy_client::proto::{
     SetAckRuleRequest, Volume,
 };
 
-use crate::args::{Global, PoolCommand, Usage, VolumeCommand};
+use crate::args::{Global, Usage, VolumeCommand};
 use crate::convert;
 use crate::output::{print_json, print_line, size, table};
 
@@ -50,24 +50,6 @@ pub(crate) async fn run(global: &Global, command: VolumeCommand) -> Result<()> {
         }
     };
     if global.json { print_json(&convert::volume(&volume)) } else { print_line(&volume_table(&[volume])) }
-}
-
-pub(crate) async fn pool(global: &Global, PoolCommand::Show: PoolCommand) -> Result<()> {
-    let pool = global.primary_client()?.volumes().pool().await?;
-    if global.json {
-        return print_json(&convert::pool(&pool));
-    }
-    print_line(&format!(
-        "{} of {} free, {} reserved, segments of {}",
-        size(pool.free_bytes),
-        size(pool.total_bytes),
-        size(pool.reserved_bytes),
-        size(pool.segment_bytes.into())
-    ))?;
-    let row = |d: &understudy_client::proto::PoolDevice| {
-        [d.id.to_string(), size(d.size_bytes), size(d.free_bytes), d.path.clone()]
-    };
-    print_line(&table(["ID", "SIZE", "FREE", "PATH"], pool.devices.iter().map(row)))
 }
 
 /// The wire has 32 bits for it; the server checks the rest.

@@ -1,10 +1,12 @@
 //! `demo`: a pair on this machine, shown at work and under faults.
 //!
-//! One volume holds a real image and is compared with its source; another takes a steady load while each side is
-//! frozen and killed, and is compared with what the load's acknowledged writes must have produced.
+//! One volume holds a real image and is compared with its source; another takes a steady load while the link is cut and
+//! each side is frozen and killed, and is compared with what the load's acknowledged writes must have produced; two more
+//! show what moves a group to delta mode on a link that works.
 
 mod image;
 mod load;
+mod modes;
 mod process;
 mod report;
 
@@ -17,6 +19,7 @@ use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use understudy_client::proto::{Position, Status, VolumeStatus};
 use understudy_client::{Client, ClientConfig, VolumeHandle};
+use understudy_common::proxy::Proxy;
 
 use crate::args::{DemoArgs, Global, Usage};
 use crate::commands::copy_out::Origin;
@@ -24,6 +27,7 @@ use crate::commands::{copy_in, copy_out};
 use crate::output::{per_second, print_line, rate, size};
 use image::Kind;
 use load::Load;
+use modes::{HASTE, Transitions};
 use process::Service;
 use report::Report;
 
@@ -93,10 +97,22 @@ async fn play(args: &DemoArgs, folder: &Path, report: &Report) -> Result<()> {
     let mut load = Load::start(&load_volume, &stage.file("expected"))?;
     stage.load_volume = Some(load_volume);
     stage
-        .say("load", "writing 4 KiB blocks at random, 2,000 a second, while each side is frozen and killed", json!({}))
+        .say(
+            "load",
+            "writing 4 KiB blocks at random, 2,000 a second, while the link is cut and each side is frozen and killed",
+            json!({}),
+        )
         .await?;
     tokio::time::sleep(CALM).await;
 
+    {
+        let transitions = Transitions::follow(&stage.primary_client);
+        stage.cut_link(&mut load, &transitions).await?;
+        load.pause().await?;
+        stage.hot_blocks(&transitions).await?;
+        stage.slow_link(&transitions).await?;
+        load.resume().await?;
+    }
     for fault in [Fault::FreezeBackup, Fault::KillBackup, Fault::FreezePrimary, Fault::KillPrimary] {
         stage.suffer(fault, &mut load).await?;
     }
@@ -160,6 +176,8 @@ struct Stage<'a> {
     source: Source,
     backup: Service,
     primary: Service,
+    /// Between the two.
+    link: Proxy,
     primary_client: Client,
     backup_client: Client,
     load_volume: Option<VolumeHandle>,
@@ -168,11 +186,16 @@ struct Stage<'a> {
 impl<'a> Stage<'a> {
     async fn start(folder: &'a Path, source: Source, report: &'a Report) -> Result<Self> {
         let backup = Service::start("backup", folder, Vec::new()).await?;
-        let primary = Service::start("primary", folder, vec!["--backup-url".into(), backup.url().into()]).await?;
+        let address = backup.url().trim_start_matches("http://").parse().context("the backup's address")?;
+        let link = Proxy::start(address).await.context("cannot make the link")?;
+        let mut settings: Vec<_> = vec!["--backup-url".into(), format!("http://{}", link.address()).into()];
+        settings.extend(HASTE.map(Into::into));
+        let primary = Service::start("primary", folder, settings).await?;
         let (primary_client, backup_client) = (client(&primary.url())?, client(&backup.url())?);
         let text = format!("started a backup at {} and a primary at {}", backup.url(), primary.url());
         let fields = json!({"primary": primary.url(), "backup": backup.url()});
-        let stage = Self { folder, report, source, backup, primary, primary_client, backup_client, load_volume: None };
+        let stage =
+            Self { folder, report, source, backup, primary, link, primary_client, backup_client, load_volume: None };
         stage.until("the backup is attached", || stage.primary_link(true)).await?;
         stage.say("start", &text, fields).await?;
         Ok(stage)

@@ -357,4 +357,61 @@ impl VolumeService for Service {
     async fn get_pool(&self, _: Request<GetPoolRequest>) -> Result<Response<Pool>, Status> {
         Err(Status::unimplemented("not part of these tests"))
     }
+
+    async fn add_device(&self, _: Request<AddDeviceRequest>) -> Result<Response<PoolDevice>, Status> {
+        Err(Status::unimplemented("not part of these tests"))
+    }
+
+    async fn drain_device(&self, _: Request<DrainDeviceRequest>) -> Result<Response<PoolDevice>, Status> {
+        Err(Status::unimplemented("not part of these tests"))
+    }
+
+    async fn list_segments(&self, _: Request<ListSegmentsRequest>) -> Result<Response<ListSegmentsResponse>, Status> {
+        Err(Status::unimplemented("not part of these tests"))
+    }
+
+    async fn snapshot(&self, _: Request<SnapshotRequest>) -> Result<Response<SnapshotInfo>, Status> {
+        Err(Status::unimplemented("not part of these tests"))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: Request<ListSnapshotsRequest>,
+    ) -> Result<Response<ListSnapshotsResponse>, Status> {
+        Err(Status::unimplemented("not part of these tests"))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        Err(Status::unimplemented("not part of these tests"))
+    }
+
+    type RestoreSnapshotStream = tokio_stream::Empty<Result<CopyProgress, Status>>;
+
+    async fn restore_snapshot(
+        &self,
+        _: Request<RestoreSnapshotRequest>,
+    ) -> Result<Response<Self::RestoreSnapshotStream>, Status> {
+        Err(Status::unimplemented("not part of these tests"))
+    }
+
+    type CloneSnapshotStream = tokio_stream::Empty<Result<CopyProgress, Status>>;
+
+    async fn clone_snapshot(
+        &self,
+        _: Request<CloneSnapshotRequest>,
+    ) -> Result<Response<Self::CloneSnapshotStream>, Status> {
+        Err(Status::unimplemented("not part of these tests"))
+    }
+
+    type GetChangedBlocksStream = tokio_stream::Empty<Result<ChangedBlocks, Status>>;
+
+    async fn get_changed_blocks(
+        &self,
+        _: Request<GetChangedBlocksRequest>,
+    ) -> Result<Response<Self::GetChangedBlocksStream>, Status> {
+        Err(Status::unimplemented("not part of these tests"))
+    }
 }

@@ -1,7 +1,7 @@
 //! The catalogue: every durable fact that is neither a record nor a block.
 //!
-//! A [redb](https://docs.rs/redb) database in one file of the storage, with three tables: `meta` (named values), `map`
-//! (chunks of the segment maps) and `counts` (pages of live counts). Each [`Catalog::write`] is one durable commit, all
+//! A [redb](https://docs.rs/redb) database in one file of the storage, with four tables: `meta` (named values), `map`
+//! (chunks of the segment maps), `counts` (pages of live counts) and `delta` (pages of the delta tables). Each [`Catalog::write`] is one durable commit, all
 //! or nothing. After a failed access the catalogue refuses everything until it is opened again.
 //!
 //! The layout of the values is in `docs/formats.md`.
@@ -20,10 +20,11 @@ use redb::{Database, ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableT
 
 use crate::storage::{OpenMode, Storage};
 
-const FILE: &str = "catalog.redb";
+pub(crate) const FILE: &str = "catalog.redb";
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const MAP: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("map");
 const COUNTS: TableDefinition<'_, (u16, u32), &[u8]> = TableDefinition::new("counts");
+const DELTA: TableDefinition<'_, (u64, u8, u32), &[u8]> = TableDefinition::new("delta");
 
 /// Memory redb may use to cache pages, unless configured: 8 MiB.
 pub const DEFAULT_CACHE_BYTES: usize = 8 * 1024 * 1024;
@@ -109,6 +110,7 @@ impl Catalog {
                 meta: txn.open_table(META).map_err(database)?,
                 map: txn.open_table(MAP).map_err(database)?,
                 counts: txn.open_table(COUNTS).map_err(database)?,
+                delta: txn.open_table(DELTA).map_err(database)?,
             };
             change(&mut tables)?
         };
@@ -144,6 +146,7 @@ pub struct CatalogTxn<'a> {
     meta: redb::Table<'a, &'static str, &'static [u8]>,
     map: redb::Table<'a, (u64, u32), &'static [u8]>,
     counts: redb::Table<'a, (u16, u32), &'static [u8]>,
+    delta: redb::Table<'a, (u64, u8, u32), &'static [u8]>,
 }
 
 impl CatalogTxn<'_> {
@@ -198,6 +201,32 @@ impl CatalogTxn<'_> {
     pub fn put_counts(&mut self, device: u16, page: u32, blob: &[u8]) -> Result<(), CatalogError> {
         self.counts.insert((device, page), blob).map_err(database)?;
         Ok(())
+    }
+
+    /// Stores page `page` of a set of the delta table of `volume`.
+    ///
+    /// # Errors
+    /// The catalogue cannot be written.
+    pub fn put_delta(&mut self, volume: u64, set: u8, page: u32, blob: &[u8]) -> Result<(), CatalogError> {
+        self.delta.insert((volume, set, page), blob).map_err(database)?;
+        Ok(())
+    }
+
+    /// Removes page `page` of a set of the delta table of `volume`, if it exists.
+    ///
+    /// # Errors
+    /// The catalogue cannot be written.
+    pub fn remove_delta(&mut self, volume: u64, set: u8, page: u32) -> Result<(), CatalogError> {
+        self.delta.remove((volume, set, page)).map_err(database)?;
+        Ok(())
+    }
+
+    /// Removes a set of the delta table of `volume`.
+    ///
+    /// # Errors
+    /// The catalogue cannot be written.
+    pub fn drop_delta(&mut self, volume: u64, set: u8) -> Result<(), CatalogError> {
+        self.delta.retain_in((volume, set, 0)..=(volume, set, u32::MAX), |_, _| false).map_err(database)
     }
 }
 
@@ -267,6 +296,20 @@ impl CatalogView {
         Ok(())
     }
 
+    /// Passes each chunk of every map (tree, chunk, blob) to `visit`, in order.
+    ///
+    /// # Errors
+    /// The catalogue cannot be read.
+    pub fn maps(&self, mut visit: impl FnMut(u64, u32, &[u8])) -> Result<(), CatalogError> {
+        let Some(table) = present(self.txn.open_table(MAP))? else { return Ok(()) };
+        for row in table.iter().map_err(database)? {
+            let (key, value) = row.map_err(database)?;
+            let (tree, chunk) = key.value();
+            visit(tree, chunk, value.value());
+        }
+        Ok(())
+    }
+
     /// Passes each page of live counts (device, page, blob) to `visit`, in order.
     ///
     /// # Errors
@@ -277,6 +320,20 @@ impl CatalogView {
             let (key, value) = row.map_err(database)?;
             let (device, page) = key.value();
             visit(device, page, value.value());
+        }
+        Ok(())
+    }
+
+    /// Passes each page of the delta tables (volume, set, page, blob) to `visit`, in order.
+    ///
+    /// # Errors
+    /// The catalogue cannot be read.
+    pub fn delta(&self, mut visit: impl FnMut(u64, u8, u32, &[u8])) -> Result<(), CatalogError> {
+        let Some(table) = present(self.txn.open_table(DELTA))? else { return Ok(()) };
+        for row in table.iter().map_err(database)? {
+            let (key, value) = row.map_err(database)?;
+            let (volume, set, page) = key.value();
+            visit(volume, set, page, value.value());
         }
         Ok(())
     }

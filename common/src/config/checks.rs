@@ -7,6 +7,10 @@ use super::{
     load::{Effective, Problem},
     setting::Value,
 };
+use crate::{
+    lane::LaneProblem,
+    policy::{PolicyProblem, criteria_problem},
+};
 
 /// Every rule that `effective` breaks.
 #[must_use]
@@ -16,6 +20,10 @@ pub fn check(service: Service, effective: &Effective) -> Vec<Problem> {
     checks.tls(service);
     checks.numbers();
     checks.devices();
+    if service == Service::Primary {
+        checks.replication();
+        checks.lanes();
+    }
     checks.log();
     checks.problems
 }
@@ -86,6 +94,26 @@ impl Checks<'_> {
         }
     }
 
+    fn replication(&mut self) {
+        let policy = super::typed::policy(self.effective);
+        let listed = self.effective.value("policy.criteria").map(|(value, _)| value.clone());
+        let unknown = listed.and_then(|value| criteria_problem("policy.criteria", &value));
+        for PolicyProblem { setting, message, remedy } in unknown.into_iter().chain(policy.validate()) {
+            self.report(&setting, message, remedy);
+        }
+        let throttle = self.effective.text("delta.throttle").unwrap_or_default().to_owned();
+        if let Err(error) = super::Throttle::parse(&throttle) {
+            let remedy = "write adaptive, none, or a size as 50MiB (bytes a second)";
+            self.report("delta.throttle", format!("is not understood ({error})"), remedy);
+        }
+    }
+
+    fn lanes(&mut self) {
+        for LaneProblem { setting, message, remedy } in super::typed::lanes(self.effective).err().unwrap_or_default() {
+            self.report(setting, message, remedy);
+        }
+    }
+
     fn devices(&mut self) {
         let devices = self.effective.list("pool.devices").to_vec();
         for (index, text) in devices.iter().enumerate() {
@@ -150,6 +178,16 @@ impl Effective {
         match self.value(path) {
             Some((Value::Integer(v), _)) => *v,
             other => panic!("{path} is no whole number: {other:?}"),
+        }
+    }
+
+    /// A share, 0 to 1, of a setting with a default.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "cut to 0 to 1,000,000")]
+    pub fn millionths(&self, path: &str) -> u32 {
+        match self.value(path) {
+            Some((Value::Float(v), _)) => (v.clamp(0.0, 1.0) * 1e6).round() as u32,
+            other => panic!("{path} is no number: {other:?}"),
         }
     }
 

@@ -18,10 +18,11 @@ use std::ffi::OsString;
 pub use command::command;
 pub use load::{Effective, Loaded, Problem, Source, load};
 pub use setting::{Fault, Kind, Preset, Setting, Value};
-pub use table::settings;
+pub use table::{policy_settings, settings};
 pub use typed::{
-    BackupConfig, BackupPeerConfig, CheckpointConfig, DeviceSetting, FromSettings, LimitsConfig, LinkConfig, LogConfig,
-    PoolConfig, PrimaryConfig, ReplicaConfig, ShutdownConfig, StagingConfig, TlsConfig,
+    BackupConfig, BackupPeerConfig, CheckpointConfig, ClonesConfig, DeltaConfig, DeviceSetting, FromSettings,
+    LimitsConfig, LinkConfig, LogConfig, PoolConfig, PrimaryConfig, ReplicaConfig, ScrubConfig, ShutdownConfig,
+    SnapshotsConfig, StagingConfig, Throttle, TlsConfig,
 };
 
 /// In front of every variable.

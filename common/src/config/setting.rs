@@ -144,6 +144,24 @@ impl fmt::Display for Value {
     }
 }
 
+impl Value {
+    /// As a flag takes it: without quotes, lists with commas.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        match self {
+            Self::Text(v) => v.clone(),
+            Self::Path(v) => v.display().to_string(),
+            Self::Bytes(v) => format_bytes(*v),
+            Self::Duration(v) => format_duration(*v),
+            Self::Float(v) => v.to_string(),
+            Self::Integer(v) => v.to_string(),
+            Self::Bool(v) => v.to_string(),
+            Self::List(v) => v.join(","),
+            Self::SocketAddr(v) => v.to_string(),
+        }
+    }
+}
+
 /// Why a value was refused and what to write instead.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {

@@ -1,6 +1,7 @@
 use std::{ffi::OsString, fs, time::Duration};
 
-use super::{BackupConfig, PrimaryConfig, Service, Start, Value, load, setting::Preset, settings, start};
+use super::{BackupConfig, PrimaryConfig, Service, Start, Throttle, Value, load, setting::Preset, settings, start};
+use crate::policy::{Cause, Criteria, PolicyConfig, Schedule};
 
 fn words<const N: usize>(words: [&str; N]) -> Vec<OsString> {
     words.iter().map(OsString::from).collect()
@@ -168,4 +169,52 @@ fn an_unknown_flag_and_help_have_their_exit_codes() {
     for part in ["Examples:", "UNDERSTUDY_LINK_TIMEOUT", "default 2s", "Settings of [link]"] {
         assert!(output.contains(part), "{part}\nis not in:\n{output}");
     }
+}
+
+#[test]
+fn contradictions_of_the_policy_are_all_named() {
+    let arguments = words([
+        "p",
+        "--data-dir=/d",
+        "--policy-fill-leave=0.95",
+        "--policy-dwell=0s",
+        "--policy-criteria=fill,weather",
+        "--delta-throttle=soon",
+        "--link-ack-delay-leave=6s",
+    ]);
+    let errors = refused::<PrimaryConfig>(arguments, vec![]);
+    for part in [
+        "--policy-fill-leave = 0.95: is 0.95, not below policy.fill_enter, 0.9",
+        "--policy-dwell = \"0s\": is zero",
+        "--policy-criteria = [\"fill\", \"weather\"]: names weather, which is no criterion; use none, or some of operator",
+        "--delta-throttle = \"soon\": is not understood",
+        "--link-ack-delay-leave = \"6s\": is 6s, not below link.ack_delay_max, 5s",
+        "5 errors in the configuration",
+    ] {
+        assert!(errors.contains(part), "{part}\nis not in:\n{errors}");
+    }
+}
+
+#[test]
+fn the_policy_and_its_surroundings_are_read() {
+    let arguments = words([
+        "p",
+        "--data-dir=/d",
+        "--policy-criteria=fill,link_down",
+        "--link-throttle=5MiB",
+        "--delta-throttle=none",
+        "--policy-observation-log=0",
+        "--delta-schedule=idle",
+    ]);
+    let Start::Run { config, .. } = start::<PrimaryConfig>(arguments, []) else { panic!("refused") };
+    assert_eq!(config.policy.criteria, Criteria::of(&[Cause::Fill, Cause::LinkDown]));
+    assert_eq!((config.policy.schedule, config.policy.stream_bytes_per_second), (Schedule::Idle, 5 << 20));
+    assert_eq!((config.link.throttle_bytes_per_s, config.delta.throttle), (Some(5 << 20), Throttle::Unlimited));
+    assert_eq!(config.observation_log_bytes, 0);
+    assert_eq!(Throttle::parse("50MiB"), Ok(Throttle::BytesPerSecond(50 << 20)));
+    let Start::Run { config, .. } = start::<PrimaryConfig>(words(["p", "--data-dir=/d"]), []) else {
+        panic!("refused")
+    };
+    assert_eq!(config.policy, PolicyConfig::default());
+    assert_eq!((config.link.throttle_bytes_per_s, config.delta.throttle), (None, Throttle::Adaptive));
 }

@@ -6,8 +6,13 @@ use std::{
     time::Duration,
 };
 
-use super::{Service, load::Effective};
-use crate::units::{UnitError, parse_bytes};
+use super::{Service, load::Effective, setting::Value};
+use crate::{
+    lane::{LaneProblem, Lanes},
+    policy::PolicyConfig,
+    store::Levels,
+    units::{UnitError, parse_bytes},
+};
 
 /// A configuration that can be made from checked values.
 pub trait FromSettings: Sized {
@@ -38,8 +43,22 @@ pub struct PrimaryConfig {
     pub pool: PoolConfig,
     /// `[staging]`.
     pub staging: StagingConfig,
+    /// `[scrub]`.
+    pub scrub: ScrubConfig,
     /// `[link]`.
     pub link: LinkConfig,
+    /// `[policy]`, with what belongs to it of `[link]` and `[delta]`.
+    pub policy: PolicyConfig,
+    /// Size of the observation log in bytes; 0: none.
+    pub observation_log_bytes: u64,
+    /// `[delta]` but for its schedule, which is the policy's.
+    pub delta: DeltaConfig,
+    /// `[lanes]`.
+    pub lanes: Lanes,
+    /// `[snapshots]`.
+    pub snapshots: SnapshotsConfig,
+    /// `[lease]`.
+    pub lease: LeaseConfig,
     /// `[limits]`.
     pub limits: LimitsConfig,
     /// `[checkpoint]`.
@@ -69,6 +88,10 @@ pub struct BackupConfig {
     pub pool: PoolConfig,
     /// `[staging]`.
     pub staging: StagingConfig,
+    /// `[scrub]`.
+    pub scrub: ScrubConfig,
+    /// `[clones]`.
+    pub clones: ClonesConfig,
     /// `[link]`.
     pub link: LinkConfig,
     /// `[limits]`.
@@ -108,6 +131,10 @@ pub struct PoolConfig {
     pub max_bytes: u64,
     /// Memory for pages of segment maps, in bytes.
     pub cache_bytes: u64,
+    /// Shares of the pool at which to warn and to stop.
+    pub levels: Levels,
+    /// Bytes a second that are moved off a draining device; 0: no limit.
+    pub drain_bytes_per_s: u64,
 }
 
 /// One device of the pool.
@@ -138,6 +165,22 @@ pub struct StagingConfig {
     pub capacity_bytes: u64,
 }
 
+/// `[clones]` of the backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClonesConfig {
+    /// Bytes of blocks that were written to clones, of all of them together.
+    pub capacity_bytes: u64,
+}
+
+/// `[scrub]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScrubConfig {
+    /// Time between two scrubs; zero: none by itself.
+    pub interval: Duration,
+    /// `None`: no limit.
+    pub bytes_per_s: Option<u64>,
+}
+
 /// `[link]`.
 #[derive(Debug, Clone)]
 pub struct LinkConfig {
@@ -151,6 +194,49 @@ pub struct LinkConfig {
     pub reconnect_max: Duration,
     /// Age of an unacknowledged record that breaks the session.
     pub ack_deadline: Duration,
+    /// Limit of continuous replication in bytes a second; `None`: none. Of the primary.
+    pub throttle_bytes_per_s: Option<u64>,
+}
+
+/// `[delta]` but for its schedule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeltaConfig {
+    /// Speed of runs.
+    pub throttle: Throttle,
+}
+
+/// Speed of runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Throttle {
+    /// Gives way to clients, and always progresses.
+    Adaptive,
+    /// As fast as it goes.
+    Unlimited,
+    /// At most so many bytes a second; never 0.
+    BytesPerSecond(u64),
+}
+
+impl Throttle {
+    /// `adaptive`, `none` or a size.
+    pub fn parse(text: &str) -> Result<Self, UnitError> {
+        match text {
+            "adaptive" => Ok(Self::Adaptive),
+            "none" => Ok(Self::Unlimited),
+            size => Ok(match parse_bytes(size)? {
+                0 => Self::Unlimited,
+                bytes => Self::BytesPerSecond(bytes),
+            }),
+        }
+    }
+}
+
+/// `[lease]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaseConfig {
+    /// Serve only under a lease.
+    pub required: bool,
+    /// How long it holds.
+    pub ttl: Duration,
 }
 
 /// `[limits]`.
@@ -182,6 +268,23 @@ pub struct CheckpointConfig {
 pub struct ShutdownConfig {
     /// Time that calls get to end.
     pub drain: Duration,
+}
+
+/// `[snapshots]` of the primary.
+#[derive(Debug, Clone)]
+pub struct SnapshotsConfig {
+    /// Time between two; 0: none are taken.
+    pub interval: Duration,
+    /// Kept in any case.
+    pub keep_last: usize,
+    /// Hours of which the newest is kept.
+    pub keep_hourly: usize,
+    /// Days of which the newest is kept.
+    pub keep_daily: usize,
+    /// Shell command before each.
+    pub before: Option<String>,
+    /// Shell command after each.
+    pub after: Option<String>,
 }
 
 /// `[tls]`.
@@ -220,7 +323,26 @@ impl FromSettings for PrimaryConfig {
             backup: BackupPeerConfig { url: from.text("backup.url").map(str::to_owned) },
             pool: pool(from),
             staging: staging(from),
+            scrub: scrub(from),
             link: link(from),
+            policy: policy(from),
+            observation_log_bytes: from.bytes("policy.observation_log"),
+            delta: DeltaConfig {
+                throttle: Throttle::parse(from.text("delta.throttle").expect("has a default")).expect("checked before"),
+            },
+            lanes: lanes(from).expect("checked before"),
+            snapshots: SnapshotsConfig {
+                interval: from.duration("snapshots.interval"),
+                keep_last: usize::try_from(from.integer("snapshots.keep_last")).expect(IN_RANGE),
+                keep_hourly: usize::try_from(from.integer("snapshots.keep_hourly")).expect(IN_RANGE),
+                keep_daily: usize::try_from(from.integer("snapshots.keep_daily")).expect(IN_RANGE),
+                before: from.text("snapshots.before").map(str::to_owned),
+                after: from.text("snapshots.after").map(str::to_owned),
+            },
+            lease: LeaseConfig {
+                required: from.text("lease.mode") == Some("required"),
+                ttl: from.duration("lease.ttl"),
+            },
             limits: limits(from),
             checkpoint: CheckpointConfig { bytes: from.bytes("checkpoint.bytes") },
             shutdown: ShutdownConfig { drain: from.duration("shutdown.drain") },
@@ -250,6 +372,8 @@ impl FromSettings for BackupConfig {
             replica: ReplicaConfig { listen: from.address("replica.listen") },
             pool: pool(from),
             staging: staging(from),
+            scrub: scrub(from),
+            clones: ClonesConfig { capacity_bytes: from.bytes("clones.capacity") },
             link: link(from),
             limits: limits(from),
             checkpoint: CheckpointConfig { bytes: from.bytes("checkpoint.bytes") },
@@ -268,6 +392,8 @@ impl FromSettings for BackupConfig {
     }
 }
 
+const IN_RANGE: &str = "the table's range is smaller";
+
 fn required(path: Option<&Path>) -> PathBuf {
     path.expect("its absence is a problem, and there is none").to_owned()
 }
@@ -279,11 +405,23 @@ fn pool(from: &Effective) -> PoolConfig {
         segment_bytes: from.bytes("pool.segment"),
         max_bytes: from.bytes("pool.max"),
         cache_bytes: from.bytes("pool.cache"),
+        levels: Levels {
+            warn_millionths: from.millionths("pool.warn_at"),
+            stop_millionths: from.millionths("pool.stop_at"),
+        },
+        drain_bytes_per_s: from.bytes("pool.drain_rate"),
     }
 }
 
 fn staging(from: &Effective) -> StagingConfig {
     StagingConfig { path: required(from.path("staging.path")), capacity_bytes: from.bytes("staging.capacity") }
+}
+
+fn scrub(from: &Effective) -> ScrubConfig {
+    ScrubConfig {
+        interval: from.duration("scrub.interval"),
+        bytes_per_s: Some(from.bytes("scrub.rate")).filter(|bytes| *bytes > 0),
+    }
 }
 
 fn link(from: &Effective) -> LinkConfig {
@@ -293,11 +431,25 @@ fn link(from: &Effective) -> LinkConfig {
         window_bytes: from.bytes("link.window"),
         reconnect_max: from.duration("link.reconnect_max"),
         ack_deadline: from.duration("link.ack_deadline"),
+        // No row of the backup's.
+        throttle_bytes_per_s: match from.value("link.throttle") {
+            Some((Value::Bytes(bytes), _)) => Some(*bytes).filter(|bytes| *bytes > 0),
+            _ => None,
+        },
     }
 }
 
+/// Also what has contradictions, so that they can be found.
+pub(super) fn policy(from: &Effective) -> PolicyConfig {
+    PolicyConfig::from_values(|path| from.value(path).map(|(value, _)| value.clone()))
+}
+
+/// Also what is wrong with them.
+pub(super) fn lanes(from: &Effective) -> Result<Lanes, Vec<LaneProblem>> {
+    Lanes::parse(from.list("lanes.classes"), from.list("lanes.clients"), from.text("lanes.default"))
+}
+
 fn limits(from: &Effective) -> LimitsConfig {
-    const IN_RANGE: &str = "the table's range is smaller";
     LimitsConfig {
         message_bytes: usize::try_from(from.bytes("limits.message")).expect(IN_RANGE),
         connections: usize::try_from(from.integer("limits.connections")).expect(IN_RANGE),

@@ -407,6 +407,12 @@ impl Journal {
         TrimPoint { lsn, file_sequence: files[file].sequence }
     }
 
+    /// True if a checkpoint that covers every record below `lsn` would give a file free.
+    #[must_use]
+    pub fn would_trim(&self, lsn: Lsn) -> bool {
+        self.trim_point_for(lsn).file_sequence > self.files.lock()[0].sequence
+    }
+
     /// The checkpoint with `point` is durable: files before it may be used again. Older points change nothing.
     pub fn trim(&mut self, point: TrimPoint) {
         let mut files = self.files.lock();

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::{
-    META, Pool, PoolState,
+    DeviceStanding, META, Pool, PoolState,
     chunk::Chunk,
     encode_state,
     map::Key,
@@ -19,6 +19,8 @@ use crate::catalog::{CatalogError, CatalogTxn};
 pub(super) struct Pending {
     id: u64,
     keys: Vec<Key>,
+    /// Devices that join or leave with it.
+    devices: Vec<(u16, DeviceStanding)>,
 }
 
 /// The state of the pool at one moment.
@@ -66,7 +68,8 @@ impl Pool {
     pub fn capture(&mut self) -> Capture {
         let id = self.segments.tick();
         let chunks = self.map.unsaved();
-        self.captured = Some(Pending { id, keys: chunks.iter().map(|(key, _)| *key).collect() });
+        let keys = chunks.iter().map(|(key, _)| *key).collect();
+        self.captured = Some(Pending { id, keys, devices: self.changing() });
         Capture { id, state: self.state(), chunks, counts: self.segments.dirty_pages() }
     }
 
@@ -80,5 +83,6 @@ impl Pool {
         self.segments.set_durable(pending.id);
         self.segments.pages_saved(pending.id);
         self.map.saved(&pending.keys, pending.id, self.segments.horizon());
+        self.devices_saved(&pending.devices);
     }
 }

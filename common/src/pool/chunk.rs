@@ -95,6 +95,12 @@ impl Chunk {
         }
     }
 
+    /// Everything that lies in `from` lies in `to` now, and what is known of slots of `from` is known of `to`.
+    pub(super) fn move_segment(&mut self, from: SegmentId, to: SegmentId) {
+        self.extents.iter_mut().filter(|e| e.segment == from).for_each(|e| e.segment = to);
+        self.freed.iter_mut().filter(|f| f.segment == from).for_each(|f| f.segment = to);
+    }
+
     /// Notes that slots of a listed segment lost their owner. Not listed: nothing to remember.
     pub(super) fn note_freed(&mut self, index: u8, segment: SegmentId, mask: u128, stamp: u64) {
         if !self.entry(index).iter().any(|e| e.segment == segment) {

@@ -192,33 +192,38 @@ fn directory(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(dir, _)| if dir.is_empty() { "/" } else { dir })
 }
 
-/// Makes a device. One that carries a superblock of the same pool is made anew: its pool was never finished.
+/// Makes a device. One that carries a superblock of the same pool is made anew: its pool was never finished, or with
+/// `present`, the ids of the devices that the pool has, it is none of those. With `present` its directory must exist.
 pub(super) fn create(
     storage: &dyn Storage,
     config: &DeviceConfig,
     blank: Superblock,
+    present: Option<&[Uid]>,
 ) -> Result<(Device, u64), DeviceError> {
     let (number, path) = (blank.number, config.path.clone());
     let io_error = |source| DeviceError::Io { number, path: path.clone(), source };
     let layout = Layout { segment_bytes: blank.segment_bytes.into(), zone_segments: blank.zone_segments.into() };
     let block_device = is_block_device(&path);
-    if !block_device && !directory(&path).is_empty() {
+    if present.is_none() && !block_device && !directory(&path).is_empty() {
         storage.create_dir(directory(&path)).map_err(io_error)?;
     }
     let mode = if block_device { OpenMode::Existing } else { OpenMode::OrCreate };
     let file = storage.open(&path, mode).map_err(io_error)?;
-    let present = file.len().map_err(io_error)?;
+    let length = file.len().map_err(io_error)?;
     let mut page = [0; PAGE];
-    let start = usize::try_from(present.min(SUPERBLOCK_BYTES)).expect("at most a page");
+    let start = usize::try_from(length.min(SUPERBLOCK_BYTES)).expect("at most a page");
     file.read_exact_at(&mut page[..start], 0).map_err(io_error)?;
-    let ours = Superblock::decode(&page).is_ok_and(|s| s.pool == blank.pool);
-    if !ours && !is_zero(&page) {
+    let ours = Superblock::decode(&page).ok().filter(|s| s.pool == blank.pool);
+    if let Some(found) = ours.filter(|s| present.is_some_and(|present| present.contains(&s.device))) {
+        return Err(DeviceError::Present { number, path, found_number: found.number });
+    }
+    if ours.is_none() && !is_zero(&page) {
         return Err(DeviceError::NotEmpty { number, path });
     }
     let size = match (block_device, config.size_bytes) {
-        (true, None) => present,
-        (true, Some(size)) if size > present => {
-            return Err(DeviceError::TooSmall { number, path, id: blank.device, needed: size, found: present });
+        (true, None) => length,
+        (true, Some(size)) if size > length => {
+            return Err(DeviceError::TooSmall { number, path, id: blank.device, needed: size, found: length });
         }
         (_, Some(size)) => size,
         (false, None) => config.max_bytes.unwrap_or(u64::MAX).min(layout.device_bytes(layout.zone_segments)),
@@ -237,11 +242,12 @@ pub(super) fn open(
     storage: &dyn Storage,
     path: &str,
     expected: &Superblock,
+    mode: OpenMode,
 ) -> Result<(Device, Superblock), DeviceError> {
     let number = expected.number;
     let owned = || path.to_owned();
     let io_error = |source| DeviceError::Io { number, path: path.to_owned(), source };
-    let file = match storage.open(path, OpenMode::Existing) {
+    let file = match storage.open(path, mode) {
         Ok(file) => file,
         Err(e) if e.kind() == ErrorKind::NotFound => {
             return Err(DeviceError::Missing { number, path: owned(), expected: expected.device });
@@ -287,7 +293,11 @@ pub(super) fn open(
     if superblock.segments < expected.segments {
         return Err(damaged("an older state than the catalogue's"));
     }
-    Ok((Device::new(path, file, layout), superblock))
+    let device = Device::new(path, file, layout);
+    // What a killed process wrote last, as a superblock with more segments, may be in the cache alone; the next checkpoint
+    // will build upon it.
+    device.mark_dirty();
+    Ok((device, superblock))
 }
 
 #[cfg(test)]

@@ -78,6 +78,8 @@ pub enum DeviceError {
     Superblock { number: u16, path: String, expected: Uid, reason: &'static str },
     #[error("device {number} ({path}): holds data that is not of this pool; wipe its first 4 KiB if it may be used")]
     NotEmpty { number: u16, path: String },
+    #[error("device {number} ({path}): it is device {found_number} of this pool under another path; name another one")]
+    Present { number: u16, path: String, found_number: u16 },
     #[error("device {number} ({path}): {source}; check the device")]
     Io {
         number: u16,

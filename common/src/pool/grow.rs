@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Pool, PoolIo,
+    DeviceStanding, Member, Pool, PoolIo,
     device::{Device, Superblock, is_block_device},
 };
 
@@ -42,15 +42,17 @@ impl Pool {
         if self.growing {
             return None;
         }
-        let candidates = (0..).zip(&self.configs).map(|(number, _)| (self.room(number), number));
+        let candidates = (0..).zip(&self.members).map(|(number, _)| (self.room(number), number));
         let (_, number) = candidates
             .filter(|(room, _)| *room > 0)
             .min_by_key(|(_, number)| self.segments.device_segments(*number))?;
+        let member = &self.members[usize::from(number)];
+        let device = member.device.clone()?;
         let at = self.segments.device_segments(number);
         let zone = self.layout.zone_segments;
         let superblock = Superblock {
             pool: self.uid,
-            device: self.device_uids[usize::from(number)],
+            device: member.uid,
             number,
             segment_bytes: u32::try_from(self.layout.segment_bytes).expect("it came from 32 bits"),
             zone_segments: u32::try_from(zone).expect("it came from 32 bits"),
@@ -58,7 +60,7 @@ impl Pool {
         };
         self.growing = true;
         let segments = ((at / zone + 1) * zone).min(at + self.room(number));
-        Some(Growth { device: self.devices[usize::from(number)].clone(), io: self.io.clone(), superblock, segments })
+        Some(Growth { device, io: self.io.clone(), superblock, segments })
     }
 
     /// Ends a growth. Its segments are free if it succeeded. Returns how many were gained.
@@ -73,15 +75,15 @@ impl Pool {
     }
 
     pub(super) fn update_can_grow(&mut self) {
-        let devices = (0..).zip(&self.configs);
+        let devices = (0..).zip(&self.members);
         let room = devices.map(|(number, _)| self.room(number)).fold(0, u64::saturating_add);
         self.space.can_grow.store(room, Ordering::Relaxed);
     }
 
     /// Segments that a device may still gain.
-    fn room(&self, number: u16) -> u64 {
-        let config = &self.configs[usize::from(number)];
-        if config.size_bytes.is_some() || is_block_device(&config.path) {
+    pub(super) fn room(&self, number: u16) -> u64 {
+        let Member { config, standing, .. } = &self.members[usize::from(number)];
+        if *standing != DeviceStanding::Serving || config.size_bytes.is_some() || is_block_device(&config.path) {
             return 0;
         }
         let most = self.layout.segments_in(config.max_bytes.unwrap_or(1 << 62));

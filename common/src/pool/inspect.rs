@@ -5,7 +5,7 @@
 use serde::Serialize;
 
 use super::{
-    META, PoolError, PoolState,
+    META, PoolError, PoolState, Standing,
     segments::{PAGE_COUNTS, decode_page},
 };
 use crate::{catalog::CatalogView, types::Uid};
@@ -62,5 +62,7 @@ pub fn inspect(view: &CatalogView, owner: Uid) -> Result<(u32, Vec<DeviceUse>, V
         device.used += used;
         device.free = device.segments - device.used;
     })?;
+    // Numbers of removed devices are not used again.
+    devices.retain(|d| state.devices[usize::from(d.number)].standing != Standing::Removed);
     Ok((state.segment_bytes, devices, problems))
 }

@@ -15,10 +15,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use parking_lot::RwLock;
 use smallvec::SmallVec;
 
 use super::{
     device::{Device, SLOT_BYTES},
+    owned::Owned,
     read::Piece,
 };
 use crate::{
@@ -28,7 +30,7 @@ use crate::{
 
 /// Buffers in one vectored write, at most; the kernel takes 1024.
 const MAX_VECTORS: usize = 1024;
-const SLOT: usize = 512;
+pub(super) const SLOT: usize = 512;
 const _: () = assert!(SLOT as u64 == SLOT_BYTES);
 
 /// A bijection of 64 bits that spreads every input bit (the finaliser of splitmix64).
@@ -106,16 +108,37 @@ pub enum ReadError {
     },
 }
 
-/// A handle for device I/O. A clone is another handle of the same devices.
+/// The devices by number; `None` for one that was removed.
+type Table = Arc<[Option<Arc<Device>>]>;
+
+/// A handle for device I/O. A clone is another handle of the same devices, and sees those that are added.
 #[derive(Clone)]
 pub struct PoolIo {
-    devices: Arc<[Arc<Device>]>,
+    /// Held for as long as it takes to count a reference.
+    devices: Arc<RwLock<Table>>,
     poisoned: Arc<AtomicBool>,
 }
 
 impl PoolIo {
-    pub(super) fn new(devices: Vec<Arc<Device>>) -> Self {
-        Self { devices: devices.into(), poisoned: Arc::new(AtomicBool::new(false)) }
+    pub(super) fn new(devices: Vec<Option<Arc<Device>>>) -> Self {
+        Self { devices: Arc::new(RwLock::new(devices.into())), poisoned: Arc::new(AtomicBool::new(false)) }
+    }
+
+    /// Makes `device` the one of this number, the next one or one that is there, or takes it away.
+    pub(super) fn set_device(&self, number: u16, device: Option<Arc<Device>>) {
+        let mut table = self.devices.write();
+        let mut devices = table.to_vec();
+        let at = usize::from(number);
+        if at == devices.len() {
+            devices.push(device);
+        } else {
+            devices[at] = device;
+        }
+        *table = devices.into();
+    }
+
+    fn table(&self) -> Table {
+        self.devices.read().clone()
     }
 
     /// Writes what is planned, sorted by place and joined where it touches, and empties the plan. One call at a time:
@@ -130,8 +153,9 @@ impl PoolIo {
         self.guarded(|| {
             // Stable: later writes of a segment stay behind earlier ones.
             plan.writes.sort_by_key(|w| w.segment);
-            self.write_data(&plan.writes)?;
-            self.write_slots(&plan.writes)
+            let table = self.table();
+            write_data(&table, &plan.writes)?;
+            write_slots(&table, &plan.writes)
         })?;
         plan.writes.clear();
         plan.bytes = 0;
@@ -143,7 +167,7 @@ impl PoolIo {
     /// # Errors
     /// A sync fails, which poisons this handle and its clones; or one did before.
     pub fn sync_devices(&self) -> io::Result<()> {
-        self.guarded(|| self.devices.iter().try_for_each(|d| d.sync()))
+        self.guarded(|| self.table().iter().flatten().try_for_each(|d| d.sync()))
     }
 
     /// True after a failed write or sync.
@@ -224,6 +248,34 @@ impl PoolIo {
         Ok(())
     }
 
+    /// Reads block versions from the device and not from the system's cache, and compares each with its checksum: the
+    /// numbers of those that differ or cannot be read. `buffer` is kept for the next call.
+    pub fn scrub(&self, owned: &Owned, buffer: &mut Vec<u8>) -> Vec<u64> {
+        let block_bytes = owned.block_size.bytes() as usize;
+        let mut bad = Vec::new();
+        let mut read = |first_block: u64, count: u64| {
+            buffer.resize(usize::try_from(count).expect("at most a segment") * block_bytes, 0);
+            let piece = Piece { first_block, count, at: Some(owned.segment) };
+            self.drop_cache(owned, first_block, count);
+            self.read(owned.volume, owned.block_size, &piece, buffer, &mut Vec::new()).is_ok()
+        };
+        for (first, count) in owned.runs() {
+            if !read(first, count) {
+                bad.extend((first..first + count).filter(|block| !read(*block, 1)));
+            }
+        }
+        bad
+    }
+
+    fn drop_cache(&self, owned: &Owned, first_block: u64, count: u64) {
+        let Ok(device) = self.device(owned.segment) else { return };
+        let (slot, bytes) = (first_block - owned.base, u64::from(owned.block_size.bytes()));
+        let index = owned.segment.index();
+        // What cannot be dropped is read from the cache.
+        let _ = device.file.drop_cache(device.layout.data_offset(index) + slot * bytes, count * bytes);
+        let _ = device.file.drop_cache(device.layout.slot_offset(index) + 4 * slot, 4 * count);
+    }
+
     /// Runs `run` unless an earlier write or sync failed; an error of it is the last thing this pool does.
     pub(super) fn guarded<T>(&self, run: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         if self.is_poisoned() {
@@ -232,80 +284,88 @@ impl PoolIo {
         run().inspect_err(|_| self.poisoned.store(true, Ordering::Release))
     }
 
-    fn device(&self, segment: SegmentId) -> io::Result<&Device> {
-        let device = self.devices.get(usize::from(segment.device()));
-        device.map(|d| &**d).ok_or_else(|| io::Error::other(format!("device {} does not exist", segment.device())))
+    pub(super) fn device(&self, segment: SegmentId) -> io::Result<Arc<Device>> {
+        let device = self.devices.read().get(usize::from(segment.device())).cloned().flatten();
+        device.ok_or_else(|| absent(segment))
     }
+}
 
-    fn write_data(&self, writes: &[PlannedWrite]) -> io::Result<()> {
-        let mut batch = Batch::default();
-        for group in writes.chunk_by(|a, b| a.segment == b.segment) {
-            let device = self.device(group[0].segment)?;
-            let start = device.layout.data_offset(group[0].segment.index());
-            if let [one] = group {
-                batch.add(device, start + u64::from(one.first) * block_bytes(one) as u64, &one.data)?;
+fn absent(segment: SegmentId) -> io::Error {
+    io::Error::other(format!("device {} does not exist", segment.device()))
+}
+
+fn find(table: &[Option<Arc<Device>>], segment: SegmentId) -> io::Result<&Device> {
+    table.get(usize::from(segment.device())).and_then(Option::as_deref).ok_or_else(|| absent(segment))
+}
+
+fn write_data(table: &[Option<Arc<Device>>], writes: &[PlannedWrite]) -> io::Result<()> {
+    let mut batch = Batch::default();
+    for group in writes.chunk_by(|a, b| a.segment == b.segment) {
+        let device = find(table, group[0].segment)?;
+        let start = device.layout.data_offset(group[0].segment.index());
+        if let [one] = group {
+            batch.add(device, start + u64::from(one.first) * block_bytes(one) as u64, &one.data)?;
+            continue;
+        }
+        // The last write of each slot, by number in the group.
+        let mut last = [u32::MAX; 128];
+        for (i, write) in group.iter().enumerate().rev() {
+            for slot in last[write.first as usize..].iter_mut().take(write.crcs.len()) {
+                if *slot == u32::MAX {
+                    *slot = u32::try_from(i).expect("a plan fits into memory");
+                }
+            }
+        }
+        let mut slot = 0;
+        while slot < last.len() {
+            let Some(write) = group.get(last[slot] as usize) else {
+                slot += 1;
                 continue;
-            }
-            // The last write of each slot, by number in the group.
-            let mut last = [u32::MAX; 128];
-            for (i, write) in group.iter().enumerate().rev() {
-                for slot in last[write.first as usize..].iter_mut().take(write.crcs.len()) {
-                    if *slot == u32::MAX {
-                        *slot = u32::try_from(i).expect("a plan fits into memory");
-                    }
-                }
-            }
-            let mut slot = 0;
-            while slot < last.len() {
-                let Some(write) = group.get(last[slot] as usize) else {
-                    slot += 1;
-                    continue;
-                };
-                let run = last[slot..].iter().take_while(|n| **n == last[slot]).count();
-                let bytes = block_bytes(write);
-                let from = (slot - write.first as usize) * bytes;
-                batch.add(device, start + (slot * bytes) as u64, &write.data[from..from + run * bytes])?;
-                slot += run;
-            }
+            };
+            let run = last[slot..].iter().take_while(|n| **n == last[slot]).count();
+            let bytes = block_bytes(write);
+            let from = (slot - write.first as usize) * bytes;
+            batch.add(device, start + (slot * bytes) as u64, &write.data[from..from + run * bytes])?;
+            slot += run;
         }
-        batch.flush()
     }
+    batch.flush()
+}
 
-    /// One read and write for each row of neighbouring slots.
-    fn write_slots(&self, writes: &[PlannedWrite]) -> io::Result<()> {
-        let mut slots = Vec::new();
-        let mut rest = writes;
-        while let Some(first) = rest.first() {
-            let device = self.device(first.segment)?;
-            let in_zone = device.layout.zone_segments - first.segment.index() % device.layout.zone_segments;
-            let mut next = first.segment.0;
-            let len = rest
-                .iter()
-                .take_while(|w| {
-                    let joins = w.segment.0 <= next && w.segment.0 - first.segment.0 < in_zone;
-                    next = w.segment.0 + 1;
-                    joins
-                })
-                .count();
-            let (row, others) = rest.split_at(len);
-            let count = row[row.len() - 1].segment.0 - first.segment.0 + 1;
-            slots.resize(usize::try_from(count).expect("at most a zone") * SLOT, 0);
-            let offset = device.layout.slot_offset(first.segment.index());
-            device.file.read_exact_at(&mut slots, offset)?;
-            for write in row {
-                let nth = usize::try_from(write.segment.0 - first.segment.0).expect("at most a zone");
-                let at = nth * SLOT + 4 * write.first as usize;
-                let out = &mut slots[at..at + 4 * write.crcs.len()];
-                for (out, crc) in out.chunks_exact_mut(4).zip(&write.crcs) {
-                    out.copy_from_slice(&crc.to_le_bytes());
-                }
+/// One read and write for each row of neighbouring slots.
+fn write_slots(table: &[Option<Arc<Device>>], writes: &[PlannedWrite]) -> io::Result<()> {
+    let mut slots = Vec::new();
+    let mut rest = writes;
+    while let Some(first) = rest.first() {
+        let device = find(table, first.segment)?;
+        let in_zone = device.layout.zone_segments - first.segment.index() % device.layout.zone_segments;
+        let mut next = first.segment.0;
+        let len = rest
+            .iter()
+            .take_while(|w| {
+                let joins = w.segment.0 <= next && w.segment.0 - first.segment.0 < in_zone;
+                next = w.segment.0 + 1;
+                joins
+            })
+            .count();
+        let (row, others) = rest.split_at(len);
+        let count = row[row.len() - 1].segment.0 - first.segment.0 + 1;
+        slots.resize(usize::try_from(count).expect("at most a zone") * SLOT, 0);
+        let offset = device.layout.slot_offset(first.segment.index());
+        device.file.read_exact_at(&mut slots, offset)?;
+        for write in row {
+            let nth = usize::try_from(write.segment.0 - first.segment.0).expect("at most a zone");
+            let at = nth * SLOT + 4 * write.first as usize;
+            let out = &mut slots[at..at + 4 * write.crcs.len()];
+            for (out, crc) in out.chunks_exact_mut(4).zip(&write.crcs) {
+                out.copy_from_slice(&crc.to_le_bytes());
             }
-            device.file.write_all_at(&slots, offset)?;
-            device.mark_dirty();
-            rest = others;
         }
-        Ok(())
+        device.file.write_all_at(&slots, offset)?;
+        device.mark_dirty();
+        rest = others;
     }
+    Ok(())
 }
 
 fn block_bytes(write: &PlannedWrite) -> usize {

@@ -225,7 +225,7 @@ impl Pool {
     }
 
     /// Frees the layers of a deleted volume one by one.
-    fn sweep_deleted(&mut self, volume: VolumeId, left: &mut usize) -> Result<(), PoolError> {
+    pub(super) fn sweep_deleted(&mut self, volume: VolumeId, left: &mut usize) -> Result<(), PoolError> {
         let v = &self.volumes[&volume];
         let (head, layer) = (v.head, v.layers.last().map(|l| (l.tree, l.cursor)));
         let (tree, mut cursor) = layer.unwrap_or((head, v.cursor));

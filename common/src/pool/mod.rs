@@ -6,7 +6,8 @@
 //!
 //! Invariants
 //! - Every block version has exactly one owner; a segment's live count is the number of its owned slots over all layers.
-//! - Block `n` of a virtual segment lies in slot `n` of some physical segment; nothing is ever copied.
+//! - Block `n` of a virtual segment lies in slot `n` of some physical segment. Nothing is copied but what lives on a
+//!   device that is drained ([`relocate`]): then a whole segment goes to the same slots of another, for all its owners.
 //! - A slot that a durable checkpoint, a read or a journal record may refer to is not written, except in place by the
 //!   record that follows in the journal: when the head owns it, no snapshot sees it, and no record refers to its segment.
 //! - Layers that are being deleted or rolled back are settled, oldest first, for a virtual segment before it changes.
@@ -18,6 +19,7 @@
 //! Absent: the journal, the overlay of writes not performed yet, and any thread. The caller holds the lock; only
 //! [`PoolIo`] and [`Growth::perform`] do device I/O, without it.
 
+mod check;
 mod checkpoint;
 mod chunk;
 mod device;
@@ -27,8 +29,12 @@ mod inspect;
 mod io;
 mod layers;
 mod map;
+mod members;
+mod owned;
 mod read;
+mod relocate;
 mod segments;
+mod snapshots;
 mod space;
 mod volumes;
 mod write;
@@ -44,21 +50,28 @@ use device::{Device, Layout, Superblock};
 use foldhash::fast::FixedState;
 use hashbrown::HashMap;
 use map::Map;
+use members::{DeviceState, Member, Standing};
 use segments::Segments;
 use serde::{Deserialize, Serialize};
 
+#[cfg(test)]
+pub(crate) use check::reseal;
+pub use check::{Counted, PoolCheck, PoolVolume};
 pub use checkpoint::Capture;
 pub use error::{DeviceError, PoolError};
 pub use grow::Growth;
 pub use inspect::{DeviceUse, inspect};
 pub use io::{IoPlan, PoolIo, ReadError};
+pub use members::{DeviceInfo, DeviceStanding, MadeDevice, MemberError, NewDevice, RemovedDevice};
+pub use owned::{Descriptor, Owned, OwnedPlace, Owner};
 pub use read::{Piece, ReadTicket};
+pub use relocate::{MovedDamage, Relocation};
 pub use segments::SegmentStates;
 pub use space::{NoSpace, Reservation, Space};
 
 use crate::{
     catalog::Catalog,
-    storage::Storage,
+    storage::{OpenMode, Storage},
     types::{Uid, VolumeId},
 };
 
@@ -94,13 +107,6 @@ pub struct DeviceConfig {
     pub max_bytes: Option<u64>,
 }
 
-/// A device as the catalogue knows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct DeviceState {
-    uid: Uid,
-    segments: u64,
-}
-
 /// What the pool keeps in the catalogue besides maps and counts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct PoolState {
@@ -116,10 +122,9 @@ struct PoolState {
 /// The pool. See the module.
 pub struct Pool {
     uid: Uid,
+    storage: Arc<dyn Storage>,
     layout: Layout,
-    devices: Vec<Arc<Device>>,
-    device_uids: Vec<Uid>,
-    configs: Vec<DeviceConfig>,
+    members: Vec<Member>,
     io: PoolIo,
     space: Arc<Space>,
     segments: Segments,
@@ -127,6 +132,15 @@ pub struct Pool {
     volumes: HashMap<VolumeId, volumes::Volume, FixedState>,
     next_tree: u64,
     growing: bool,
+    /// A device is being made.
+    adding: bool,
+    /// Devices that the last checkpoints removed.
+    removed: Vec<RemovedDevice>,
+    /// Those of them that are being wiped.
+    wiping: Vec<u16>,
+    /// Where the search for what is to be moved goes on.
+    relocating: OwnedPlace,
+    lacks_room: bool,
     captured: Option<checkpoint::Pending>,
 }
 
@@ -142,11 +156,11 @@ impl Pool {
         config: &PoolConfig,
     ) -> Result<Self, PoolError> {
         let zone_segments = ZONE_BYTES / config.segment_bytes.max(1);
-        Self::create_with_zones(&*storage, catalog, uid, config, zone_segments)
+        Self::create_with_zones(storage, catalog, uid, config, zone_segments)
     }
 
     fn create_with_zones(
-        storage: &dyn Storage,
+        storage: Arc<dyn Storage>,
         catalog: &Catalog,
         uid: Uid,
         config: &PoolConfig,
@@ -163,11 +177,13 @@ impl Pool {
                 zone_segments,
                 segments: 0,
             };
-            let (opened, segments) = device::create(storage, device, blank)?;
+            let (opened, segments) = device::create(&*storage, device, blank, None)?;
             if segments == 0 {
                 return Err(PoolError::Config(format!("device {} is too small for one segment", device.path)));
             }
-            devices.push((opened, DeviceState { uid: blank.device, segments }));
+            let (path, standing) = (device.path.clone(), Standing::Serving);
+            let state = DeviceState { uid: blank.device, segments, path, standing, added: None };
+            devices.push((Some((opened, device.clone())), state));
         }
         let (devices, states): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
         let state = PoolState {
@@ -180,7 +196,7 @@ impl Pool {
             next_tree: 1,
         };
         catalog.write(|txn| txn.put_meta(META, &encode_state(&state)))?;
-        Ok(Self::assemble(catalog, config, state, devices))
+        Ok(Self::assemble(storage, catalog, config, state, devices))
     }
 
     /// Opens the pool in the state of the last checkpoint.
@@ -204,17 +220,19 @@ impl Pool {
         if state.uid != uid {
             return Err(PoolError::ForeignCatalog { expected: uid, found: state.uid });
         }
-        if state.segment_bytes != config.segment_bytes || state.devices.len() != config.devices.len() {
+        if state.segment_bytes != config.segment_bytes {
             return Err(PoolError::Config(format!(
-                "{} devices and segments of {} B are configured, the pool was made with {} and {} B",
-                config.devices.len(),
-                config.segment_bytes,
-                state.devices.len(),
-                state.segment_bytes
+                "segments of {} B are configured, the pool was made with {} B",
+                config.segment_bytes, state.segment_bytes
             )));
         }
+        let configs = members::match_devices(&config.devices, &state.devices)?;
         let mut devices = Vec::new();
-        for ((number, device), known) in (0..).zip(&config.devices).zip(&mut state.devices) {
+        for ((number, device), known) in (0..).zip(configs).zip(&mut state.devices) {
+            let Some(device) = device else {
+                devices.push(None);
+                continue;
+            };
             let expected = Superblock {
                 pool: uid,
                 device: known.uid,
@@ -223,12 +241,12 @@ impl Pool {
                 zone_segments: state.zone_segments,
                 segments: known.segments,
             };
-            let (opened, superblock) = device::open(&*storage, &device.path, &expected)?;
+            let (opened, superblock) = device::open(&*storage, &device.path, &expected, OpenMode::Existing)?;
             // The device may have grown after the checkpoint, and records may refer to what it gained.
             known.segments = superblock.segments;
-            devices.push(opened);
+            devices.push(Some((opened, device)));
         }
-        let mut pool = Self::assemble(catalog, config, state, devices);
+        let mut pool = Self::assemble(storage, catalog, config, state, devices);
         let mut pages = Ok(());
         view.counts(|device, page, blob| {
             if pages.is_ok() {
@@ -238,28 +256,39 @@ impl Pool {
         pages.map(|()| pool)
     }
 
-    fn assemble(catalog: &Catalog, config: &PoolConfig, state: PoolState, devices: Vec<Device>) -> Self {
+    fn assemble(
+        storage: Arc<dyn Storage>,
+        catalog: &Catalog,
+        config: &PoolConfig,
+        state: PoolState,
+        devices: Vec<Option<(Device, DeviceConfig)>>,
+    ) -> Self {
         let layout = Layout { segment_bytes: state.segment_bytes.into(), zone_segments: state.zone_segments.into() };
         let space = Arc::new(Space::default());
         let mut segments = Segments::new(space.clone());
-        for (number, device) in (0..).zip(&state.devices) {
-            segments.add_device();
-            segments.extend(number, device.segments);
+        let mut members = Vec::new();
+        for ((number, known), opened) in (0..).zip(&state.devices).zip(devices) {
+            segments.add_device(known.standing != Standing::Serving);
+            segments.extend(number, if opened.is_some() { known.segments } else { 0 });
+            members.push(Member::open(known, opened));
         }
-        let devices: Vec<_> = devices.into_iter().map(Arc::new).collect();
         let mut pool = Self {
             uid: state.uid,
+            storage,
             layout,
-            io: PoolIo::new(devices.clone()),
-            devices,
-            device_uids: state.devices.iter().map(|d| d.uid).collect(),
-            configs: config.devices.clone(),
+            io: PoolIo::new(members.iter().map(|member| member.device.clone()).collect()),
+            members,
             space,
             segments,
             map: Map::new(catalog.clone(), config.map_cache_bytes),
             volumes: state.volumes.into_iter().map(|v| (v.id(), v)).collect(),
             next_tree: state.next_tree,
             growing: false,
+            adding: false,
+            removed: Vec::new(),
+            wiping: Vec::new(),
+            relocating: OwnedPlace::default(),
+            lacks_room: false,
             captured: None,
         };
         pool.update_can_grow();
@@ -278,16 +307,6 @@ impl Pool {
         self.io.clone()
     }
 
-    /// Of each device: its path, its segments, and how many of them are free.
-    #[must_use]
-    pub fn device_sizes(&self) -> Vec<(String, u64, u64)> {
-        let size = |(number, config): (u16, &DeviceConfig)| {
-            let (total, free) = self.segments.device_size(number);
-            (config.path.clone(), total, free)
-        };
-        (0..).zip(&self.configs).map(size).collect()
-    }
-
     /// Map chunks that the next capture would take.
     #[must_use]
     pub fn dirty_chunks(&self) -> usize {
@@ -301,8 +320,7 @@ impl Pool {
     }
 
     fn state(&self) -> PoolState {
-        let device =
-            |(number, uid): (u16, &Uid)| DeviceState { uid: *uid, segments: self.segments.device_segments(number) };
+        let device = |(number, member): (u16, &Member)| member.state(self.segments.device_segments(number));
         let mut volumes: Vec<_> = self.volumes.values().cloned().collect();
         volumes.sort_unstable_by_key(volumes::Volume::id);
         PoolState {
@@ -310,7 +328,7 @@ impl Pool {
             uid: self.uid,
             segment_bytes: u32::try_from(self.layout.segment_bytes).expect("it came from 32 bits"),
             zone_segments: u32::try_from(self.layout.zone_segments).expect("it came from 32 bits"),
-            devices: (0..).zip(&self.device_uids).map(device).collect(),
+            devices: (0..).zip(&self.members).map(device).collect(),
             volumes,
             next_tree: self.next_tree,
         }

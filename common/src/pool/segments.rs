@@ -2,7 +2,8 @@
 //!
 //! Each segment is in exactly one state: *free*; *live* (some layer owns a slot of it); *quarantined* (freed, but a
 //! checkpoint that covers the free is not durable yet, or a read that may hold its address runs); *pinned* (owned by
-//! nobody, but a journal record refers to it); or *unreferenced* (allocated for a record that is not applied yet).
+//! nobody, but a journal record refers to it); *unreferenced* (allocated for a record that is not applied yet, or for a
+//! copy that is under way); or *retired* (free, on a device that is closed to allocations).
 //!
 //! Time is a counter that a capture and a read ticket advance. What is freed carries the current time as its stamp, and
 //! is reusable behind [`Segments::horizon`].
@@ -37,6 +38,28 @@ struct DeviceSegments {
     free_count: u64,
     /// Word of `free` at which the search goes on.
     next: usize,
+    /// Gives no segments away: free ones count as retired.
+    closed: bool,
+    /// Segments of which a layer owns a slot.
+    live: u64,
+    quarantined: u64,
+}
+
+/// Segments of one device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct DeviceCounts {
+    pub total: u64,
+    /// On a closed device: retired.
+    pub free: u64,
+    pub live: u64,
+    pub quarantined: u64,
+}
+
+impl DeviceCounts {
+    /// Pinned and unreferenced: what records of the journal refer to, and copies under way.
+    pub(super) fn held(&self) -> u64 {
+        self.total.saturating_sub(self.free + self.live + self.quarantined)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -64,8 +87,10 @@ pub struct SegmentStates {
     pub quarantined: u64,
     /// Owned by nobody, a journal record refers to it.
     pub pinned: u64,
-    /// Allocated for a record that is not applied yet.
+    /// Allocated for a record that is not applied yet, or for a copy.
     pub unreferenced: u64,
+    /// Free, on a device that gives none away.
+    pub retired: u64,
     /// All.
     pub total: u64,
 }
@@ -102,10 +127,45 @@ impl Segments {
         }
     }
 
-    /// Adds a device with no segments.
-    pub(super) fn add_device(&mut self) {
-        let empty = DeviceSegments { total: 0, counts: Vec::new(), free: Vec::new(), free_count: 0, next: 0 };
-        self.devices.push(empty);
+    /// Adds a device with no segments. A closed one gives none away.
+    pub(super) fn add_device(&mut self, closed: bool) {
+        self.devices.push(DeviceSegments {
+            total: 0,
+            counts: Vec::new(),
+            free: Vec::new(),
+            free_count: 0,
+            next: 0,
+            closed,
+            live: 0,
+            quarantined: 0,
+        });
+    }
+
+    /// Closes a device to allocations, or opens it again.
+    pub(super) fn set_closed(&mut self, device: u16, closed: bool) {
+        let d = &mut self.devices[usize::from(device)];
+        if std::mem::replace(&mut d.closed, closed) == closed {
+            return;
+        }
+        let free = d.free_count;
+        if closed {
+            self.space.free.fetch_sub(free, Ordering::AcqRel);
+            self.space.retired.fetch_add(free, Ordering::Relaxed);
+        } else {
+            self.space.retired.fetch_sub(free, Ordering::Relaxed);
+            self.space.free.fetch_add(free, Ordering::AcqRel);
+        }
+    }
+
+    /// Takes all segments from a closed device, each of which must be retired and known as such to the last checkpoint.
+    pub(super) fn remove_device(&mut self, device: u16) {
+        let d = &mut self.devices[usize::from(device)];
+        debug_assert!(d.closed && d.free_count == d.total, "nobody owns or waits for a segment of it");
+        self.space.total.fetch_sub(d.total, Ordering::Relaxed);
+        self.space.retired.fetch_sub(d.free_count, Ordering::Relaxed);
+        (d.total, d.free_count, d.next) = (0, 0, 0);
+        (d.free, d.counts) = (Vec::new(), Vec::new());
+        self.dirty.retain(|(number, _), _| *number != device);
     }
 
     /// Adds free segments to the end of a device.
@@ -124,9 +184,13 @@ impl Segments {
     /// Takes over a page of live counts from the catalogue. The segments must exist and be free.
     pub(super) fn load_page(&mut self, device: u16, page: u32, blob: &[u8]) -> Result<(), PoolError> {
         let damaged = PoolError::Counts { device, page };
+        let Some(counts) = decode_page(device, page, blob) else { return Err(damaged) };
         let d = self.devices.get_mut(usize::from(device));
-        let slot = d.and_then(|d| d.counts.get_mut(page as usize));
-        let (Some(slot), Some(counts)) = (slot, decode_page(device, page, blob)) else { return Err(damaged) };
+        if d.as_ref().is_some_and(|d| d.total == 0 && d.closed) && counts.iter().all(|count| *count == 0) {
+            // Of a device that was removed.
+            return Ok(());
+        }
+        let Some(slot) = d.and_then(|d| d.counts.get_mut(page as usize)) else { return Err(damaged) };
         *slot = Arc::new(counts);
         for (i, _) in counts.iter().enumerate().filter(|(_, count)| **count != 0) {
             let id = SegmentId::new(device, u64::from(page) * PAGE_COUNTS as u64 + i as u64);
@@ -134,6 +198,7 @@ impl Segments {
                 return Err(damaged);
             }
             self.clear_free(id);
+            self.devices[usize::from(device)].live += 1;
         }
         Ok(())
     }
@@ -185,6 +250,7 @@ impl Segments {
         while self.quarantine.front().is_some_and(|run| run.stamp < horizon) {
             let run = self.quarantine.pop_front().expect("it has a front");
             self.space.quarantined.fetch_sub(run.count, Ordering::Relaxed);
+            self.devices[usize::from(run.first.device())].quarantined -= run.count;
             for i in 0..run.count {
                 self.set_free(SegmentId(run.first.0 + i));
             }
@@ -197,7 +263,7 @@ impl Segments {
     pub(super) fn allocate(&mut self) -> Result<SegmentId, NoSpace> {
         for _ in 0..self.devices.len() {
             let (device, taken) = self.turn;
-            if taken < STRIPE_SEGMENTS && self.devices[device].free_count > 0 {
+            if taken < STRIPE_SEGMENTS && self.devices[device].can_give() {
                 self.turn.1 += 1;
                 let id = SegmentId::new(u16::try_from(device).expect("few devices"), self.devices[device].find());
                 self.clear_free(id);
@@ -206,7 +272,7 @@ impl Segments {
             self.turn = ((device + 1) % self.devices.len(), 0);
         }
         // One device that has just used up its turn is back at it now.
-        if self.devices.iter().any(|d| d.free_count > 0) { self.allocate() } else { Err(self.space.no_space(1)) }
+        if self.devices.iter().any(DeviceSegments::can_give) { self.allocate() } else { Err(self.space.no_space(1)) }
     }
 
     /// Allocates `count` segments for a record that is yet to be journaled: all, or none.
@@ -264,6 +330,19 @@ impl Segments {
         Ok(())
     }
 
+    /// Hands every owned slot of `from` to `to`, which is unreferenced. `from` goes to quarantine, unless a record refers
+    /// to it. Nobody owns a slot of `from` any more: `to` is given back.
+    pub(super) fn transfer(&mut self, from: SegmentId, to: SegmentId) -> Result<(), PoolError> {
+        let slots = u32::from(self.live(from));
+        if slots == 0 {
+            return self.release_unreferenced(to);
+        }
+        self.reference(to)?;
+        self.claim(to, slots)?;
+        self.release(from, slots)?;
+        Ok(())
+    }
+
     pub(super) fn live(&self, id: SegmentId) -> u8 {
         let index = to_usize(id.index());
         let page = self.devices.get(usize::from(id.device())).and_then(|d| d.counts.get(index / PAGE_COUNTS));
@@ -283,7 +362,9 @@ impl Segments {
                 expected: "owned as the map says",
             });
         };
-        Arc::make_mut(page)[index % PAGE_COUNTS] = count;
+        let before = std::mem::replace(&mut Arc::make_mut(page)[index % PAGE_COUNTS], count);
+        let d = &mut self.devices[usize::from(id.device())];
+        d.live = d.live + u64::from(before == 0 && count > 0) - u64::from(before > 0 && count == 0);
         let number = u32::try_from(index / PAGE_COUNTS).expect("2^44 segments");
         self.dirty.insert((id.device(), number), self.clock);
         Ok(count)
@@ -291,6 +372,7 @@ impl Segments {
 
     fn quarantine(&mut self, id: SegmentId) {
         self.space.quarantined.fetch_add(1, Ordering::Relaxed);
+        self.devices[usize::from(id.device())].quarantined += 1;
         let stamp = self.clock;
         match self.quarantine.back_mut() {
             Some(run) if run.stamp == stamp && run.first.0 + run.count == id.0 => run.count += 1,
@@ -346,6 +428,7 @@ impl Segments {
             self.quarantine.insert(at, part);
         }
         self.space.quarantined.fetch_sub(1, Ordering::Relaxed);
+        self.devices[usize::from(id.device())].quarantined -= 1;
     }
 
     // --- free bits
@@ -360,7 +443,8 @@ impl Segments {
         debug_assert_eq!(*word >> (id.index() % 64) & 1, 0, "freed once");
         *word |= 1 << (id.index() % 64);
         d.free_count += 1;
-        self.space.free.fetch_add(1, Ordering::AcqRel);
+        let count = if d.closed { &self.space.retired } else { &self.space.free };
+        count.fetch_add(1, Ordering::AcqRel);
     }
 
     fn clear_free(&mut self, id: SegmentId) {
@@ -369,7 +453,8 @@ impl Segments {
         debug_assert_eq!(*word >> (id.index() % 64) & 1, 1, "taken once");
         *word &= !(1 << (id.index() % 64));
         d.free_count -= 1;
-        self.space.free.fetch_sub(1, Ordering::AcqRel);
+        let count = if d.closed { &self.space.retired } else { &self.space.free };
+        count.fetch_sub(1, Ordering::AcqRel);
     }
 
     fn state(&self, id: SegmentId) -> &'static str {
@@ -397,6 +482,7 @@ impl Segments {
             for index in 0..d.total {
                 out.total += 1;
                 match self.state(SegmentId::new(u16::try_from(device).expect("few devices"), index)) {
+                    "free" if d.closed => out.retired += 1,
                     "free" => out.free += 1,
                     "live" => out.live += 1,
                     "unreferenced" => out.unreferenced += 1,
@@ -414,10 +500,9 @@ impl Segments {
         self.devices[usize::from(device)].total
     }
 
-    /// All segments of a device, and those that are free.
-    pub(super) fn device_size(&self, device: u16) -> (u64, u64) {
-        let device = &self.devices[usize::from(device)];
-        (device.total, device.free_count)
+    pub(super) fn device_counts(&self, device: u16) -> DeviceCounts {
+        let d = &self.devices[usize::from(device)];
+        DeviceCounts { total: d.total, free: d.free_count, live: d.live, quarantined: d.quarantined }
     }
 
     /// The pages that no durable checkpoint holds as they are.
@@ -435,6 +520,10 @@ impl Segments {
 }
 
 impl DeviceSegments {
+    fn can_give(&self) -> bool {
+        self.free_count > 0 && !self.closed
+    }
+
     /// The next free segment; there must be one.
     fn find(&mut self) -> u64 {
         let words = self.free.len();

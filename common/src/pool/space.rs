@@ -31,6 +31,7 @@ pub struct Space {
     pub(super) free: AtomicU64,
     pub(super) quarantined: AtomicU64,
     pub(super) can_grow: AtomicU64,
+    pub(super) retired: AtomicU64,
     reserved: AtomicU64,
 }
 
@@ -63,6 +64,12 @@ impl Space {
     #[must_use]
     pub fn can_grow(&self) -> u64 {
         self.can_grow.load(Ordering::Relaxed)
+    }
+
+    /// Free segments of devices that give none away.
+    #[must_use]
+    pub fn retired(&self) -> u64 {
+        self.retired.load(Ordering::Relaxed)
     }
 
     /// Sets `count` free segments aside until the reservation is dropped. The caller drops it after the write was

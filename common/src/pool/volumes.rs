@@ -62,11 +62,21 @@ impl Pool {
         self.volumes.get(&id).filter(|v| !v.deleting).map_or(0, |v| v.spec.block_count())
     }
 
+    /// Size of a block.
+    pub(crate) fn block_bytes(&self, id: VolumeId) -> Result<u64, PoolError> {
+        Ok(u64::from(self.volume(id)?.spec.block_size.bytes()))
+    }
+
     /// Adds a volume that reads as zeros.
     ///
     /// # Errors
     /// It exists, or its blocks do not fit the pool's segments.
     pub fn create_volume(&mut self, spec: &VolumeSpec) -> Result<(), PoolError> {
+        // One that comes back while it is being swept: a run brings what an earlier one or a promotion took away.
+        while self.volumes.get(&spec.id).is_some_and(|volume| volume.deleting) {
+            let mut left = usize::MAX;
+            self.sweep_deleted(spec.id, &mut left)?;
+        }
         if self.volumes.contains_key(&spec.id) {
             return Err(PoolError::VolumeExists(spec.id));
         }
@@ -105,6 +115,15 @@ impl Pool {
         Ok(())
     }
 
+    /// Makes a volume exactly so large; blocks behind the new end must be holes of the head.
+    ///
+    /// # Errors
+    /// It does not exist.
+    pub fn set_size(&mut self, id: VolumeId, size_bytes: u64) -> Result<(), PoolError> {
+        self.volume_mut(id)?.spec.size_bytes = size_bytes;
+        Ok(())
+    }
+
     /// Deletes a volume and its snapshots; the sweep frees them.
     ///
     /// # Errors
@@ -125,6 +144,22 @@ impl Pool {
         }
         let tree = self.new_tree();
         self.volume_mut(volume)?.layers.push(Layer { id: layer, tree, state: LayerState::Live, cursor: 0 });
+        Ok(())
+    }
+
+    /// Takes a snapshot that sees what snapshot `of` sees, and goes on to see it when that one is deleted.
+    ///
+    /// # Errors
+    /// The volume or `of` does not exist, or `layer` does.
+    pub fn pin_snapshot(&mut self, volume: VolumeId, layer: LayerId, of: LayerId) -> Result<(), PoolError> {
+        if self.find_layer(layer).is_some() {
+            return Err(PoolError::SnapshotExists(layer));
+        }
+        let found = self.find_layer(of).filter(|(v, _)| *v == volume);
+        let (_, at) = found.ok_or(PoolError::NoSnapshot(of))?;
+        let tree = self.new_tree();
+        // Right below: it owns nothing and sees through `of`, whose versions are handed to it when that goes.
+        self.volume_mut(volume)?.layers.insert(at, Layer { id: layer, tree, state: LayerState::Live, cursor: 0 });
         Ok(())
     }
 

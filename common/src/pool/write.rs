@@ -207,6 +207,22 @@ impl Pool {
         Ok(need)
     }
 
+    /// True if a write of this range will need no segment, also behind writes of other blocks that are `pending` in the same
+    /// virtual segments: those may take a segment off the head's list beside whose blocks it would go.
+    ///
+    /// # Errors
+    /// The volume or the range does not exist, or the catalogue fails.
+    pub fn fits(&mut self, range: BlockRange, pending: bool) -> Result<bool, PoolError> {
+        let (per, _) = self.check_range(range.volume, range.first, range.count)?;
+        for share in shares(range.first, range.count, per) {
+            let placement = self.place(range.volume, share.vseg, share.mask())?;
+            if placement.fresh != 0 || pending && !placement.beside.is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Blocks in a segment and bytes in a block of the volume.
     pub(super) fn check_range(&self, volume: VolumeId, first: u64, count: u64) -> Result<(u32, usize), PoolError> {
         let spec = &self.volume(volume)?.spec;

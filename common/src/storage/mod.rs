@@ -13,10 +13,7 @@ use std::{
     sync::Arc,
 };
 
-pub use self::{
-    real::{DirLock, LockError, RealStorage, lock_dir},
-    sim::SimStorage,
-};
+pub use self::{real::RealStorage, sim::SimStorage};
 
 /// How [`Storage::open`] treats a name that exists or does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +66,11 @@ pub trait StorageFile: Send + Sync + 'static {
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Writes zeros, really, so that later overwrites change no metadata of the file system.
     fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// The next read of the range comes from the device, but for bytes that are not written back yet: there is nothing on
+    /// the device to compare them with. A hint; where there is no cache it does nothing.
+    fn drop_cache(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
     /// Starts writing dirty pages of the range back without waiting. A hint.
     fn start_writeback(&self, _offset: u64, _len: u64) -> io::Result<()> {
         Ok(())

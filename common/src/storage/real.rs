@@ -6,18 +6,21 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, IoSlice, Read, Seek, SeekFrom, Write},
+    io::{self, IoSlice, Seek, SeekFrom},
+    num::NonZeroU64,
     os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::fs::FallocateFlags;
 
 use super::{OpenMode, Storage, StorageFile};
 
 /// Most buffers the kernel takes in one call (`UIO_MAXIOV`).
 const IOVECS_MAX: usize = 1024;
+/// Unit of the page cache; a multiple of it where pages are larger does no harm.
+const PAGE_BYTES: u64 = 64 * 1024;
 /// Zeros written by one call.
 static ZEROS: [u8; 256 * 1024] = [0; 256 * 1024];
 
@@ -201,6 +204,16 @@ impl StorageFile for RealFile {
         }
     }
 
+    /// By `posix_fadvise`, and not by direct I/O: that needs aligned memory and a file system that has it, and first
+    /// writes back, under clients' writes, what is dirty.
+    fn drop_cache(&self, offset: u64, len: u64) -> io::Result<()> {
+        // Parts of pages would stay.
+        let start = offset & !(PAGE_BYTES - 1);
+        let end = end_of(offset, len)?.next_multiple_of(PAGE_BYTES);
+        rustix::fs::fadvise(&self.file, start, NonZeroU64::new(end - start), rustix::fs::Advice::DontNeed)?;
+        Ok(())
+    }
+
     fn write_zeros(&self, mut offset: u64, len: u64) -> io::Result<()> {
         let end = end_of(offset, len)?;
         while offset < end {
@@ -214,54 +227,6 @@ impl StorageFile for RealFile {
 
 fn end_of(offset: u64, len: u64) -> io::Result<u64> {
     offset.checked_add(len).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the range ends behind 2^64"))
-}
-
-/// Why a data directory could not be locked.
-#[derive(Debug, thiserror::Error)]
-pub enum LockError {
-    /// Another process works in it.
-    #[error("{dir} is in use by {owner}; stop it, or use another data directory", dir = dir.display())]
-    Held {
-        /// The directory.
-        dir: PathBuf,
-        /// Who holds it: `process 7` or `another process`.
-        owner: String,
-    },
-    /// The lock file could not be made or locked.
-    #[error("cannot lock {dir}: {source}", dir = dir.display())]
-    Io {
-        /// The directory.
-        dir: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-}
-
-/// A locked data directory; free again when this is dropped or the process ends.
-#[derive(Debug)]
-pub struct DirLock {
-    _file: File,
-}
-
-/// Takes `root` for this process alone, by `flock` on the file `LOCK` in it, which names the process. Makes `root`.
-pub fn lock_dir(root: &Path) -> Result<DirLock, LockError> {
-    let io_error = |source| LockError::Io { dir: root.to_owned(), source };
-    make_dir(root).map_err(io_error)?;
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let mut file = options.open(root.join("LOCK")).map_err(io_error)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let mut text = String::new();
-            let pid = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse::<u32>().ok());
-            let owner = pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));
-            return Err(LockError::Held { dir: root.to_owned(), owner });
-        }
-        Err(e) => return Err(io_error(e.into())),
-    }
-    file.set_len(0).and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes())).map_err(io_error)?;
-    Ok(DirLock { _file: file })
 }
 
 #[cfg(test)]
@@ -323,15 +288,5 @@ mod tests {
         assert_eq!(file.read_exact_at(&mut buf, 0).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert!(storage.open("f", OpenMode::ReadOnly).unwrap().write_all_at(&[1], 0).is_err());
         assert!(file.allocate(u64::MAX, 2).is_err());
-    }
-
-    #[test]
-    fn a_directory_is_locked_once_and_names_its_owner() {
-        let dir = tempfile::tempdir().unwrap();
-        let lock = lock_dir(dir.path()).unwrap();
-        let message = lock_dir(dir.path()).unwrap_err().to_string();
-        assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
-        drop(lock);
-        lock_dir(dir.path()).unwrap();
     }
 }

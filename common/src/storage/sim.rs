@@ -150,6 +150,11 @@ impl SimStorage {
         disk.crash_at = Some(disk.ops + n.max(1));
     }
 
+    /// Forgets the plan of [`Self::crash_after`], unless its call was reached.
+    pub fn cancel_crash(&self) {
+        self.disk.lock().crash_at = None;
+    }
+
     /// True once the call chosen by [`Self::crash_after`] was reached.
     #[must_use]
     pub fn has_crashed(&self) -> bool {

@@ -14,7 +14,9 @@ use crate::{
     types::{BlockRange, GroupId, Lsn, Position, SegmentId, VolumeId, VolumeSpec},
 };
 
-use super::{Entry, Failed, Front, Queued, ReadFailure, Store, Watch, overlay::Content};
+use super::{
+    Entry, Failed, Front, OverLevel, Queued, ReadFailure, Retained, Store, UnackedBoth, Watch, overlay::Content,
+};
 
 /// Free segments below which a pool that may grow does so ahead of need.
 pub(super) const GROW_BELOW: u64 = 512;
@@ -45,6 +47,8 @@ pub struct Submitted {
     pub position: Position,
     /// The group of the record.
     pub group: GroupId,
+    /// Its lane; `None` stands for everything before it, in all lanes.
+    pub lane: Option<u8>,
     /// The client's sequence was applied before; nothing was written now.
     pub duplicate: bool,
 }
@@ -55,9 +59,15 @@ pub enum SubmitError {
     /// An earlier I/O error.
     #[error(transparent)]
     Failed(#[from] Failed),
+    /// The directory is not, or no longer, that of the primary.
+    #[error("this node is not the primary any more")]
+    NotPrimary,
     /// No such volume.
     #[error("volume {0} does not exist")]
     NoVolume(VolumeId),
+    /// It is filled from a snapshot, and not served meanwhile.
+    #[error("volume {0} is being filled from a snapshot: try again when that is done")]
+    Restoring(VolumeId),
     /// Past the end.
     #[error("blocks {first}..{end} lie outside of the volume, which has {blocks} blocks")]
     OutOfRange {
@@ -91,6 +101,9 @@ pub enum SubmitError {
     /// The pool has no place for it.
     #[error(transparent)]
     Space(#[from] NoSpace),
+    /// More of the pool is in use than clients may take.
+    #[error(transparent)]
+    Level(#[from] OverLevel),
     /// The staging area is full.
     #[error(
         "the staging area holds {span} of {capacity} bytes and {needed} more are needed: wait until the backup has caught up, or raise [staging] capacity"
@@ -102,6 +115,18 @@ pub enum SubmitError {
         span: u64,
         /// Of the area.
         capacity: u64,
+    },
+    /// The lane holds its share of the staging area.
+    #[error(
+        "lane {lane} holds {held} bytes that the backup has not taken, of {share} that are its share of the staging area: wait until the backup has caught up, or raise its share in [lanes] classes"
+    )]
+    LaneFull {
+        /// Its name.
+        lane: String,
+        /// Retained payload.
+        held: u64,
+        /// What it may hold.
+        share: u64,
     },
     /// Larger than a journal file.
     #[error("a record of {needed} bytes is larger than the journal takes ({max} bytes): write smaller pieces")]
@@ -137,13 +162,83 @@ impl Store {
         client: Option<ClientSequence>,
         time_unix_ms: i64,
     ) -> Result<Submitted, SubmitError> {
-        let mut front = self.front.lock();
-        self.submit_locked(&mut front, volume, first_block, change, client, time_unix_ms)
+        let lane = self.lane_of(client.as_ref());
+        self.submit_in_lane(lane, volume, first_block, change, client, time_unix_ms)
     }
 
-    fn submit_locked(
+    /// The same in a lane that the caller knows: of several records of one request only the last names its client.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing was changed then.
+    pub fn submit_in_lane(
+        &self,
+        lane: u8,
+        volume: VolumeId,
+        first_block: u64,
+        change: Change,
+        client: Option<ClientSequence>,
+        time_unix_ms: i64,
+    ) -> Result<Submitted, SubmitError> {
+        let mut front = self.front.lock();
+        let submitted = self.submit_locked(&mut front, lane, volume, first_block, change, client, time_unix_ms)?;
+        self.work.notify_one();
+        Ok(submitted)
+    }
+
+    /// The lane of a client's writes.
+    #[must_use]
+    pub fn lane_of(&self, client: Option<&ClientSequence>) -> u8 {
+        self.config.lanes.of_client(client.map(|c| c.client.as_str()))
+    }
+
+    /// Admits changes of one volume, one behind the other, in one step: up to the first that is refused, which is left
+    /// for [`Store::submit`] to refuse. Returns the answers of those admitted. Stops as well where more than
+    /// `pending_bytes` wait for their place. Call [`Store::wake_journal`] behind the last of several.
+    pub fn submit_all(
+        &self,
+        volume: VolumeId,
+        changes: impl IntoIterator<Item = (u64, Change, Option<ClientSequence>)>,
+        time_unix_ms: i64,
+    ) -> SmallVec<[Submitted; 16]> {
+        let mut front = self.front.lock();
+        let mut admitted = SmallVec::new();
+        for (first_block, change, client) in changes {
+            if front.queue_bytes > self.config.pending_bytes {
+                break;
+            }
+            let lane = self.lane_of(client.as_ref());
+            match self.submit_locked(&mut front, lane, volume, first_block, change, client, time_unix_ms) {
+                Ok(submitted) => admitted.push(submitted),
+                Err(_) => break,
+            }
+        }
+        admitted
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one request, of two callers")]
+    pub(super) fn submit_locked(
         &self,
         front: &mut Front,
+        lane: u8,
+        volume: VolumeId,
+        first_block: u64,
+        change: Change,
+        client: Option<ClientSequence>,
+        time_unix_ms: i64,
+    ) -> Result<Submitted, SubmitError> {
+        if front.state.restores.contains_key(&volume) {
+            return Err(SubmitError::Restoring(volume));
+        }
+        self.check_level(front, volume, first_block, &change)?;
+        self.submit_change(front, lane, volume, first_block, change, client, time_unix_ms)
+    }
+
+    /// As [`Store::submit_locked`], also where the volume is being filled.
+    #[allow(clippy::too_many_arguments, reason = "one request, of two callers")]
+    pub(super) fn submit_change(
+        &self,
+        front: &mut Front,
+        lane: u8,
         volume: VolumeId,
         first_block: u64,
         change: Change,
@@ -151,6 +246,9 @@ impl Store {
         time_unix_ms: i64,
     ) -> Result<Submitted, SubmitError> {
         front.check()?;
+        if front.identity.role != super::Role::Primary || front.identity.fenced > 0 {
+            return Err(SubmitError::NotPrimary);
+        }
         let spec = front.state.volumes.get(&volume).ok_or(SubmitError::NoVolume(volume))?;
         let group = spec.group;
         if let Some(request) = &client
@@ -160,7 +258,8 @@ impl Store {
                 SequenceCheck::Fresh => {}
                 SequenceCheck::Applied(lsn) => {
                     let position = Position { generation: front.identity.generation, lsn };
-                    return Ok(Submitted { lsn, position, group, duplicate: true });
+                    // It may be one of a lane that the client had before another configuration.
+                    return Ok(Submitted { lsn, position, group, lane: None, duplicate: true });
                 }
                 SequenceCheck::TooOld { highest } => {
                     return Err(SubmitError::SequenceTooOld { sequence: request.sequence, highest });
@@ -177,11 +276,12 @@ impl Store {
         };
         let record = Record {
             position: Position { generation: front.identity.generation, lsn: front.journal.next_lsn() },
-            previous: front.state.groups.get(&group).map_or(Lsn::ZERO, |g| g.position.lsn),
+            previous: front.state.groups.get(&group).map_or(Lsn::ZERO, |g| g.lanes.of(lane).lsn),
             group,
-            lane: 0,
+            lane,
             time_unix_ms,
             client,
+            in_run: false,
             op,
         };
         self.admit(front, record, place)
@@ -193,6 +293,7 @@ impl Store {
     /// What reading or admission refuses; nothing was changed then.
     pub fn submit_modified(
         &self,
+        lane: u8,
         range: BlockRange,
         client: Option<&ClientSequence>,
         time_unix_ms: i64,
@@ -224,10 +325,12 @@ impl Store {
             let crcs = crate::record::block_crcs(&data, block_size);
             let change = Change::Write { data, crcs };
             break self
-                .submit_locked(&mut front, range.volume, range.first, change, client.cloned(), time_unix_ms)
+                .submit_locked(&mut front, lane, range.volume, range.first, change, client.cloned(), time_unix_ms)
                 .map_err(ModifyError::from);
         };
-        self.front.lock().watches.retain(|w| w.id != id);
+        let mut front = self.front.lock();
+        front.watches.retain(|w| w.id != id);
+        self.work.notify_one();
         result
     }
 
@@ -269,27 +372,41 @@ impl Store {
         front.check()?;
         let record = Record {
             position: Position { generation: front.identity.generation, lsn: front.journal.next_lsn() },
-            previous: front.state.groups.get(&group).map_or(Lsn::ZERO, |g| g.position.lsn),
+            previous: front.state.groups.get(&group).map_or(Lsn::ZERO, |g| g.lanes.of(0).lsn),
             group,
             lane: 0,
             time_unix_ms,
             client: None,
+            in_run: false,
             op: Op::Control(control),
         };
-        self.admit(front, record, false)
+        let submitted = self.admit(front, record, false)?;
+        self.work.notify_one();
+        Ok(submitted)
     }
 
-    /// Admits a record that came over the stream. Its position stays the primary's.
+    /// Admits a record that came over the stream. Its position stays the primary's. Several may come together: call
+    /// [`Store::wake_journal`] behind the last one.
     ///
     /// # Errors
     /// See [`SubmitError`]; nothing was changed then.
-    pub fn submit_replica(&self, record: Record) -> Result<Submitted, SubmitError> {
+    pub fn submit_replica(&self, mut record: Record) -> Result<Submitted, SubmitError> {
         let mut front = self.front.lock();
         front.check()?;
+        if let Op::Control(control) = &mut record.op {
+            front.name_layers(control);
+        }
         self.admit(&mut front, record, false)
     }
 
-    fn admit(&self, front: &mut Front, mut record: Record, place: bool) -> Result<Submitted, SubmitError> {
+    /// Wakes the journal's writer.
+    pub fn wake_journal(&self) {
+        let _front = self.front.lock();
+        self.work.notify_one();
+    }
+
+    /// The caller wakes the journal's writer.
+    pub(super) fn admit(&self, front: &mut Front, mut record: Record, place: bool) -> Result<Submitted, SubmitError> {
         let lsn = front.journal.next_lsn();
         let class = if record.is_data() { Class::Data } else { Class::Control };
         let blocks = self.check_blocks(front, &record)?;
@@ -336,11 +453,21 @@ impl Store {
         let referenced_bytes = segments.len() as u64 * u64::from(self.config.pool.segment_bytes);
         let (head, data) = record.encode();
         let needed = (head.len() + data.len()) as u64 + referenced_bytes;
+        let retains = self.config.retain && front.state.retains(record.group, lsn);
+        let lane_share = self.config.lanes.share_percent(record.lane);
         if class == Class::Data {
-            let span = front.journal.span_bytes() + front.referenced_bytes;
+            let span = front.staged_bytes();
             let capacity = front.journal.capacity_bytes() - self.config.journal.reserve_bytes;
             if span + needed > capacity {
                 return Err(SubmitError::StagingFull { needed, span, capacity });
+            }
+            if retains && lane_share < 100 {
+                let (held, share) =
+                    (front.retained.lane_bytes(record.lane), self.config.lanes.share_bytes(record.lane, capacity));
+                // One record is always taken, however small the share.
+                if held > 0 && held + record.payload_bytes() > share {
+                    return Err(SubmitError::LaneFull { lane: self.config.lanes.name(record.lane), held, share });
+                }
             }
         }
         front.journal.append(head, data, class).map_err(|error| match error {
@@ -348,12 +475,15 @@ impl Store {
             AppendError::TooLarge { bytes, limit } => SubmitError::TooLarge { needed: bytes, max: limit },
             AppendError::Failed(error) => SubmitError::Failed(Failed(error.cause)),
         })?;
-        let answer = Submitted { lsn, position: record.position, group: record.group, duplicate: false };
-        front.state.apply(lsn, &record);
-        if self.config.retain && record.group != GroupId::default() {
-            front.retained.on_submitted(record.group, lsn, record.payload_bytes());
-            front.note_time(lsn, record.time_unix_ms);
+        let (group, lane) = (record.group, Some(record.lane));
+        let answer = Submitted { lsn, position: record.position, group, lane, duplicate: false };
+        if self.config.retain {
+            front.delta.apply(&front.state, &mut front.retained, lsn, &record, true);
+            if record.group != GroupId::default() {
+                front.note_time(lsn, record.time_unix_ms);
+            }
         }
+        front.state.apply(lsn, &record);
         if !segments.is_empty() {
             front.referenced.push_back((lsn, segments.to_vec()));
             front.referenced_bytes += referenced_bytes;
@@ -367,20 +497,27 @@ impl Store {
             };
             front.overlay.insert(lsn, touched.range, touched.per_segment, touched.block_bytes, &content);
             if touched.both && self.config.retain {
-                for segment in touched.segments() {
-                    front.unacked_both.insert((touched.range.volume, segment), lsn);
-                }
+                note_unacked(&mut front.unacked_both, &front.retained, touched, &record, lsn);
             }
             for watch in &mut front.watches {
                 watch.touched |= watch.range.volume == touched.range.volume
                     && watch.range.first < touched.range.end()
                     && touched.range.first < watch.range.end();
             }
+        } else {
+            // Some change every block.
+            front.watches.iter_mut().for_each(|watch| watch.touched = true);
         }
         let entry = Arc::new(Entry { lsn, record, place });
-        front.traffic.0 += entry.record.payload_bytes();
+        let payload_bytes = entry.record.payload_bytes();
+        front.traffic.0 += payload_bytes;
+        // What waits for its turn is no sign of a slow backup.
+        if payload_bytes > 0 && self.config.retain && !(retains && front.is_paced(entry.record.lane)) {
+            front.group_traffic.entry(entry.record.group).or_default().0 += payload_bytes;
+        }
         front.queue_bytes += entry.memory_bytes();
         front.queue_hazards += usize::from(is_hazard(&entry.record));
+        front.queue_places += usize::from(entry.place);
         if self.config.retain {
             front.tail_bytes += entry.memory_bytes();
             front.tail.push_back(Arc::clone(&entry));
@@ -391,14 +528,13 @@ impl Store {
             }
         }
         front.queue.push_back(Queued { entry, _reservation: reservation });
-        self.work.notify_one();
         Ok(answer)
     }
 
     /// The blocks a record changes, checked against the volume; `None` for control records.
     fn check_blocks(&self, front: &Front, record: &Record) -> Result<Option<Touched>, SubmitError> {
-        let Some(range) = range_of(&record.op) else { return Ok(None) };
-        let spec = front.state.volumes.get(&range.volume).ok_or(SubmitError::NoVolume(range.volume))?;
+        let Some(range) = record.range() else { return Ok(None) };
+        let spec = front.state.spec_for(record).ok_or(SubmitError::NoVolume(range.volume))?;
         let end = range.first.checked_add(range.count).filter(|end| *end <= spec.block_count() && range.count > 0);
         if end.is_none() {
             return Err(SubmitError::OutOfRange {
@@ -425,10 +561,11 @@ impl Store {
     /// # Errors
     /// There are none; the caller falls back to the journal.
     fn place_large(&self, front: &Front, record: &mut Record) -> Result<Vec<SegmentId>, NoSpace> {
-        let Op::Write { volume, first_block, crcs, data, .. } = &mut record.op else { return Ok(Vec::new()) };
+        let Some(per_segment) = front.state.spec_for(record).map(|spec| u64::from(spec.blocks_per_segment())) else {
+            return Ok(Vec::new());
+        };
+        let Op::Write { first_block, crcs, data, .. } = &mut record.op else { return Ok(Vec::new()) };
         let WriteData::Inline(bytes) = data else { return Ok(Vec::new()) };
-        let Some(spec) = front.state.volumes.get(volume) else { return Ok(Vec::new()) };
-        let per_segment = u64::from(spec.blocks_per_segment());
         let aligned = first_block.is_multiple_of(per_segment) && (crcs.len() as u64).is_multiple_of(per_segment);
         if bytes.len() < self.config.reference_bytes || !aligned {
             return Ok(Vec::new());
@@ -453,9 +590,8 @@ impl Store {
                 Ok(Some(reservation))
             }
             Err(no_space) => {
-                if front.queue_hazards == 0
-                    && self.pool.lock().allocation_need(touched.range).is_ok_and(|need| need == 0)
-                {
+                let pending = front.overlay.touches(touched.range, touched.per_segment);
+                if front.queue_hazards == 0 && self.pool.lock().fits(touched.range, pending).unwrap_or(false) {
                     return Ok(None);
                 }
                 Err(no_space.into())
@@ -467,17 +603,6 @@ impl Store {
 impl Front {
     pub(super) fn check(&self) -> Result<(), Failed> {
         self.failed.as_ref().map_or(Ok(()), |why| Err(Failed(why.clone())))
-    }
-}
-
-/// The blocks a record changes.
-fn range_of(op: &Op) -> Option<BlockRange> {
-    match op {
-        Op::Write { volume, first_block, crcs, .. } => {
-            Some(BlockRange { volume: *volume, first: *first_block, count: crcs.len() as u64 })
-        }
-        Op::Zero(range) => Some(*range),
-        Op::Control(_) => None,
     }
 }
 
@@ -502,13 +627,28 @@ impl Touched {
 
     /// `None` for control records and for volumes that are gone.
     pub fn of(record: &Record, state: &NodeState) -> Option<Self> {
-        let range = range_of(&record.op).filter(|r| r.count > 0)?;
-        state.volumes.get(&range.volume).map(|spec| Self::new(range, spec))
+        let range = record.range().filter(|r| r.count > 0)?;
+        state.spec_for(record).map(|spec| Self::new(range, spec))
     }
 
     /// The virtual segments.
     pub fn segments(&self) -> std::ops::RangeInclusive<u64> {
         self.range.first / self.per_segment..=(self.range.end() - 1) / self.per_segment
+    }
+}
+
+/// The record waits for the backup: so do reads that see it. Where two lanes wait, all do.
+pub(super) fn note_unacked(
+    unacked: &mut UnackedBoth,
+    retained: &Retained,
+    touched: &Touched,
+    record: &Record,
+    lsn: Lsn,
+) {
+    for segment in touched.segments() {
+        let entry = unacked.entry((touched.range.volume, segment)).or_insert((Some(record.lane), lsn));
+        let one = entry.0 == Some(record.lane) || retained.holds(record.group, entry.0, entry.1);
+        *entry = (one.then_some(record.lane), lsn);
     }
 }
 

@@ -5,10 +5,10 @@ use std::{io, sync::Arc};
 use crate::{
     journal::Batch,
     mutant::Mutant,
-    pool::{IoPlan, PoolIo},
-    record::{Control, Op, Record, WriteData},
+    pool::{IoPlan, Pool, PoolError, PoolIo},
+    record::{BeginRun, Control, Op, Record, WriteData},
     state::NodeState,
-    types::Lsn,
+    types::{LayerId, Lsn, VolumeId},
 };
 
 use super::{
@@ -29,6 +29,8 @@ pub(super) struct Applier {
     pub checkpointing: bool,
     /// The pool may have entries to sweep.
     pub sweep: bool,
+    /// Segments that were moved since a checkpoint was asked for because of them.
+    pub moved: u64,
 }
 
 /// One group commit.
@@ -138,7 +140,7 @@ impl Store {
             Ok(durable) => {
                 drop(front);
                 self.marks.send_modify(|m| m.durable = m.durable.max(durable));
-                self.apply_work.notify_one();
+                self.wake_applier(&self.front.lock());
             }
             Err(error) => self.fail_locked(&mut front, format!("journal: {error}")),
         }
@@ -205,6 +207,10 @@ impl Store {
         applier.applied = last;
         applier.in_flight = false;
         drop(applier);
+        {
+            let mut damage = self.damage.lock();
+            touched.iter().for_each(|touched| damage.on_written(touched.range));
+        }
         let mut popped = Vec::with_capacity(job.entries.len());
         {
             let mut front = self.front.lock();
@@ -215,6 +221,7 @@ impl Store {
                 let queued = front.queue.pop_front().expect("applied records are at the front of the queue");
                 front.queue_bytes -= queued.entry.memory_bytes();
                 front.queue_hazards -= usize::from(is_hazard(&queued.entry.record));
+                front.queue_places -= usize::from(queued.entry.place);
                 popped.push(queued);
             }
         }
@@ -262,11 +269,7 @@ fn applies_early(role: Role, record: &Record) -> bool {
 }
 
 /// Moves the pool over one record. Replay goes through here as well.
-pub(super) fn plan_record(
-    pool: &mut crate::pool::Pool,
-    record: &Record,
-    plan: &mut IoPlan,
-) -> Result<(), crate::pool::PoolError> {
+pub(super) fn plan_record(pool: &mut Pool, record: &Record, plan: &mut IoPlan) -> Result<(), PoolError> {
     match &record.op {
         Op::Write { volume, first_block, crcs, data: WriteData::Inline(data), .. } => {
             pool.plan_write(*volume, *first_block, data, crcs, plan)
@@ -276,17 +279,68 @@ pub(super) fn plan_record(
         }
         Op::Zero(range) => pool.plan_zero(range.volume, range.first, range.count),
         Op::Control(control) => match control {
-            Control::CreateVolume { spec } => pool.create_volume(spec),
-            Control::ResizeVolume { volume, size_bytes } => pool.grow_volume(*volume, *size_bytes),
+            Control::CreateVolume { spec, .. } => pool.create_volume(spec),
+            Control::ResizeVolume { volume, size_bytes } => grow(pool, *volume, *size_bytes),
             Control::DeleteVolume { volume } => pool.delete_volume(*volume),
             Control::SetAckRule { .. } => Ok(()),
-            Control::CreateSnapshot { layers } => layers.iter().try_for_each(|(v, l)| pool.create_snapshot(*v, *l)),
-            Control::DeleteSnapshot { layers } => layers.iter().try_for_each(|l| match pool.delete_snapshot(*l) {
-                // It went with its volume.
-                Err(crate::pool::PoolError::NoSnapshot(_)) => Ok(()),
-                other => other,
-            }),
+            Control::CreateSnapshot { layers } | Control::VerifySnapshot { layers, .. } => {
+                layers.iter().try_for_each(|(v, l)| pool.create_snapshot(*v, *l))
+            }
+            Control::DeleteSnapshot { layers } => delete_snapshots(pool, layers),
             Control::RollBack { layers } => layers.iter().try_for_each(|(v, l)| pool.roll_back(*v, *l)),
+            Control::PinSnapshot { volume, layer, of } => pool.pin_snapshot(*volume, *layer, *of),
+            Control::Probe
+            | Control::Bind { .. }
+            | Control::Switch { .. }
+            | Control::Demote { .. }
+            | Control::StepDown { .. }
+            | Control::CancelRun { .. } => Ok(()),
+            Control::Cut { layers, .. } => layers.iter().try_for_each(|(v, l)| pool.create_snapshot(*v, *l)),
+            Control::Clear { layers, .. } | Control::AbortRun { layers, .. } => delete_snapshots(pool, layers),
+            Control::BeginRun { run } => begin_run(pool, run),
+            Control::Promote { layers, delete, sizes, .. } => {
+                layers.iter().try_for_each(|(volume, layer)| pool.roll_back(*volume, *layer))?;
+                layers.iter().try_for_each(|(_, layer)| pool.delete_snapshot(*layer))?;
+                delete.iter().try_for_each(|volume| pool.delete_volume(*volume))?;
+                sizes.iter().try_for_each(|(volume, size_bytes)| pool.set_size(*volume, *size_bytes))
+            }
+            Control::CommitRun { delete, layers, .. } => {
+                delete.iter().try_for_each(|volume| pool.delete_volume(*volume))?;
+                delete_snapshots(pool, layers)
+            }
+            Control::TakeSnapshot { layers, .. } => layers.iter().try_for_each(|(v, l)| pool.create_snapshot(*v, *l)),
+            Control::DropSnapshot { layers, .. } => delete_snapshots(pool, layers),
+            Control::BeginRestore { .. } | Control::EndRestore { .. } => Ok(()),
         },
     }
+}
+
+fn delete_snapshots(pool: &mut Pool, layers: &[LayerId]) -> Result<(), PoolError> {
+    layers.iter().try_for_each(|layer| match pool.delete_snapshot(*layer) {
+        // It went with its volume.
+        Err(PoolError::NoSnapshot(_)) => Ok(()),
+        other => other,
+    })
+}
+
+/// Makes a volume so large, if it is not: one that a run has cut to a smaller size keeps its place in the pool, for who
+/// still reads the image from before.
+fn grow(pool: &mut Pool, volume: VolumeId, size_bytes: u64) -> Result<(), PoolError> {
+    if size_bytes / pool.block_bytes(volume)? <= pool.block_count(volume) {
+        return Ok(());
+    }
+    pool.grow_volume(volume, size_bytes)
+}
+
+fn begin_run(pool: &mut Pool, run: &BeginRun) -> Result<(), PoolError> {
+    run.delete.iter().try_for_each(|volume| pool.delete_volume(*volume))?;
+    run.layers.iter().try_for_each(|(volume, layer)| pool.create_snapshot(*volume, *layer))?;
+    for (volume, size_bytes) in &run.shrink {
+        let (blocks, kept) = (pool.block_count(*volume), size_bytes / pool.block_bytes(*volume)?);
+        if kept < blocks {
+            pool.plan_zero(*volume, kept, blocks - kept)?;
+        }
+    }
+    run.create.iter().try_for_each(|spec| pool.create_volume(spec))?;
+    run.grow.iter().try_for_each(|(volume, size_bytes)| grow(pool, *volume, *size_bytes))
 }

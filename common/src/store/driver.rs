@@ -16,11 +16,16 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 use tokio::time::sleep;
 
-use super::{CheckpointJob, Store};
+use super::{CheckpointJob, Front, Store};
 use crate::journal::{FilePreparation, Journal};
 
 /// How often an idle thread looks whether it is to end.
 const IDLE: Duration = Duration::from_millis(100);
+/// How long durable records may wait for others to be applied with, and the bytes from which on they do not.
+const APPLY_LAG: Duration = Duration::from_millis(2);
+const APPLY_SOON_BYTES: usize = 1 << 20;
+/// A pause that was asked for.
+const PAUSE: Duration = Duration::from_millis(5);
 /// How often an idle stage of [`run_tasks`] looks for work.
 const POLL: Duration = Duration::from_millis(1);
 
@@ -66,6 +71,10 @@ impl Stats {
 /// What admission asks of the background.
 #[derive(Default)]
 pub(super) struct Wants {
+    /// The applier has nothing to do and waits for the first record.
+    applier_idle: AtomicBool,
+    /// Somebody waits for a moment between two jobs of the applier.
+    pause: AtomicBool,
     checkpoint: AtomicBool,
     growth: Mutex<Ahead>,
     growth_work: Condvar,
@@ -94,6 +103,11 @@ impl Wants {
         }
     }
 
+    /// For the applier, which looks at it behind each job.
+    pub(super) fn ask_checkpoint(&self) {
+        self.checkpoint.store(true, Ordering::Release);
+    }
+
     fn take_checkpoint(&self) -> bool {
         self.checkpoint.swap(false, Ordering::AcqRel)
     }
@@ -103,10 +117,32 @@ impl Wants {
     }
 }
 
+impl Front {
+    /// True if what waits for its place is not to wait for more.
+    fn apply_soon(&self) -> bool {
+        self.queue_bytes >= APPLY_SOON_BYTES || self.queue_places > 0
+    }
+}
+
 impl Store {
+    /// Something became durable: wakes the applier, unless it waits for more to come.
+    pub(super) fn wake_applier(&self, front: &Front) {
+        if front.apply_soon() || self.wants.applier_idle.load(Ordering::Acquire) {
+            self.apply_work.notify_one();
+        }
+    }
+
+    /// Asks the applier for a pause between two jobs: under load there is hardly any, and [`Store::check_suspect`] needs
+    /// one.
+    pub fn request_pause(&self) {
+        self.wants.pause.store(true, Ordering::Release);
+    }
+
     /// Asks for a checkpoint, which makes freed segments and journal files reusable.
     pub fn request_checkpoint(&self) {
         self.wants.checkpoint.store(true, Ordering::Release);
+        // Under the lock: not between the applier's look and its wait.
+        let _front = self.front.lock();
         self.apply_work.notify_one();
     }
 
@@ -214,10 +250,15 @@ fn journal(store: &Arc<Store>, stop: &AtomicBool) {
     }
 }
 
+/// Records are applied some at a time: each job costs a change of threads and of marks, and joins what touches.
 fn applier(store: &Arc<Store>, stop: &AtomicBool, checkpoints: &SyncSender<CheckpointJob>) {
+    let mut tend_at = Instant::now();
     loop {
         if stop.load(Ordering::Acquire) || store.marks.borrow().failed {
             return;
+        }
+        if store.wants.pause.swap(false, Ordering::AcqRel) {
+            thread::sleep(PAUSE);
         }
         if let Some(mut job) = store.take_apply() {
             let records = job.records() as u64;
@@ -225,17 +266,36 @@ fn applier(store: &Arc<Store>, stop: &AtomicBool, checkpoints: &SyncSender<Check
             store.finish_apply(job, result);
             store.stats.applied.fetch_add(records, Ordering::Relaxed);
         } else if !store.sweep() {
-            let mut front = store.front.lock();
-            let durable = store.marks.borrow().durable;
-            if front.queue.front().is_none_or(|q| q.entry.lsn > durable) && front.failed.is_none() {
-                store.apply_work.wait_for(&mut front, IDLE);
-            }
+            let changing = store.has_changing_devices();
+            let wait = if changing { tend_at.saturating_duration_since(Instant::now()).min(IDLE) } else { IDLE };
+            wait_for_records(store, wait);
+        } else {
+            continue;
         }
+        if Instant::now() >= tend_at {
+            tend_at = Instant::now() + store.tend_devices();
+        }
+        let mut front = store.front.lock();
+        if !front.apply_soon() && front.failed.is_none() && !front.queue.is_empty() {
+            store.apply_work.wait_for(&mut front, APPLY_LAG);
+        }
+        drop(front);
         if let Some(job) = due_checkpoint(store) {
             // There is room: one is taken at a time. The receiver is gone only while the store ends.
             let _ = checkpoints.send(job);
         }
     }
+}
+
+fn wait_for_records(store: &Store, wait: Duration) {
+    let mut front = store.front.lock();
+    // Set before looking: who makes a record durable afterwards sees it.
+    store.wants.applier_idle.store(true, Ordering::SeqCst);
+    let durable = store.marks.borrow().durable;
+    if front.queue.front().is_none_or(|q| q.entry.lsn > durable) && front.failed.is_none() {
+        store.apply_work.wait_for(&mut front, wait);
+    }
+    store.wants.applier_idle.store(false, Ordering::Release);
 }
 
 fn due_checkpoint(store: &Arc<Store>) -> Option<CheckpointJob> {
@@ -307,7 +367,11 @@ pub async fn run_tasks(store: &Arc<Store>, pause: impl Fn() -> Duration) {
         }
     };
     let applier = async move {
+        let mut tend_at = tokio::time::Instant::now();
         while running() {
+            if store.wants.pause.swap(false, Ordering::AcqRel) {
+                sleep(PAUSE).await;
+            }
             if let Some(mut job) = store.take_apply() {
                 let records = job.records() as u64;
                 pause().await;
@@ -319,6 +383,17 @@ pub async fn run_tasks(store: &Arc<Store>, pause: impl Fn() -> Duration) {
                 sleep(POLL).await;
             }
             // Between two apply jobs, as the thread does.
+            if tokio::time::Instant::now() >= tend_at {
+                let mut wait = super::devices::LOOK;
+                if let Some(mut job) = store.take_relocation() {
+                    pause().await;
+                    let result = job.run();
+                    pause().await;
+                    store.finish_relocation(job, result);
+                    wait = POLL;
+                }
+                tend_at = tokio::time::Instant::now() + wait;
+            }
             if let Some(job) = due_checkpoint(store) {
                 // There is room: one is taken at a time.
                 let _ = checkpoints.try_send(job);

@@ -17,9 +17,8 @@ use crate::{
 };
 
 use super::{
-    Identity, OpenError, Retained, Role, Root,
-    checkpoint::ROOT,
-    recovery::{IDENTITY, load},
+    Identity, OpenError, Retained, Role,
+    recovery::{IDENTITY, load, load_root},
 };
 
 /// What was found. Ids are hexadecimal, positions are `generation` and `lsn`, sizes are bytes.
@@ -118,7 +117,7 @@ pub struct JournalFound {
 pub fn inspect(storage: &dyn Storage) -> Result<Inspection, OpenError> {
     let catalog = Catalog::open_read_only(storage, DEFAULT_CACHE_BYTES)?;
     let identity: Identity = load(&catalog, IDENTITY)?;
-    let root: Root = load(&catalog, ROOT)?;
+    let root = load_root(&catalog)?;
     let mut problems = Vec::new();
     let (segment_bytes, devices) = match pool::inspect(&catalog.read()?, identity.instance) {
         Ok((segment_bytes, devices, found)) => {
@@ -134,8 +133,8 @@ pub fn inspect(storage: &dyn Storage) -> Result<Inspection, OpenError> {
     let scanned = Journal::scan(storage, identity.instance, root.trim, &record::verify, &mut |raw| {
         let record = Record::decode(&raw.head, &raw.data)
             .map_err(|error| RecoverError::Record { lsn: raw.lsn, reason: error.to_string() })?;
-        if record.group != GroupId::default() && raw.lsn > retained.group(record.group).acked {
-            retained.on_submitted(record.group, raw.lsn, record.payload_bytes());
+        if record.group != GroupId::default() && raw.lsn > retained.acked_of(record.group, record.lane) {
+            retained.on_submitted(record.group, record.lane, raw.lsn, record.payload_bytes(), false);
         }
         if raw.lsn > root.applied {
             state.apply(raw.lsn, &record);
@@ -184,8 +183,8 @@ pub fn inspect(storage: &dyn Storage) -> Result<Inspection, OpenError> {
                     generation: g.position.generation,
                     lsn: g.position.lsn.0,
                     time_unix_ms: g.time_unix_ms,
-                    acked_lsn: is_primary.then_some(of_group.acked.0),
-                    retained_bytes: is_primary.then_some(of_group.bytes),
+                    acked_lsn: is_primary.then_some(of_group.acked().0),
+                    retained_bytes: is_primary.then_some(of_group.bytes()),
                 }
             })
             .collect(),
@@ -215,79 +214,23 @@ mod tests {
 
     use super::*;
     use crate::{
-        journal::JournalConfig,
-        pool::{DeviceConfig, PoolConfig},
-        record::{Control, block_crcs},
         storage::RealStorage,
-        store::{Change, Store, StoreConfig},
-        types::{BlockSize, Lsn, Uid, VolumeId, VolumeSpec},
+        store::{
+            Store,
+            testing::{checkpoint, create, open, write},
+        },
+        types::Lsn,
     };
-
-    fn config() -> StoreConfig {
-        StoreConfig {
-            journal: JournalConfig {
-                capacity_bytes: 256 << 10,
-                file_bytes: 32 << 10,
-                reserve_bytes: 32 << 10,
-                max_batch_bytes: 16 << 10,
-            },
-            pool: PoolConfig {
-                segment_bytes: 64 << 10,
-                devices: vec![DeviceConfig { path: "pool-0".into(), size_bytes: Some(2 << 20), max_bytes: None }],
-                map_cache_bytes: 1 << 20,
-            },
-            checkpoint_bytes: 64 << 10,
-            tail_bytes: 64 << 10,
-            reference_bytes: usize::MAX,
-            apply_bytes: 64 << 10,
-            pending_bytes: 1 << 20,
-            retain: true,
-        }
-    }
-
-    fn commit(store: &Arc<Store>) {
-        while let Some(job) = store.take_batch() {
-            let result = job.run();
-            store.finish_batch(job, result);
-        }
-        while let Some(mut job) = store.take_apply() {
-            let result = job.run();
-            store.finish_apply(job, result);
-        }
-    }
-
-    fn write(store: &Arc<Store>, block: u64) {
-        let data = bytes::Bytes::from(vec![7; 512]);
-        let crcs = block_crcs(&data, BlockSize::new(512).unwrap());
-        store.submit(VolumeId(1), block, Change::Write { data, crcs }, None, 5).unwrap();
-        commit(store);
-    }
 
     /// A primary with a volume, six writes, and a checkpoint behind the third.
     fn primary(folder: &Path) -> Arc<Store> {
-        let storage = Arc::new(RealStorage::new(folder).unwrap());
-        let mut ids = (1..).map(|n| Uid([n; 16]));
-        let (store, _) = super::super::open(storage, config(), Role::Primary, &mut || ids.next().unwrap()).unwrap();
-        let spec = VolumeSpec {
-            id: VolumeId(1),
-            name: "data".into(),
-            group: GroupId(1),
-            group_name: "data".into(),
-            size_bytes: 1 << 20,
-            block_size: BlockSize::new(512).unwrap(),
-            segment_bytes: 64 << 10,
-            ack: AckRule::Staged,
-            away: AwayRule::Degrade,
-        };
-        store.submit_control(GroupId(1), Control::CreateVolume { spec }, 1).unwrap();
-        commit(&store);
+        let store = open(Arc::new(RealStorage::new(folder).unwrap()), 1);
+        create(&store, 1);
         for block in 0..6 {
-            write(&store, block * 128);
+            write(&store, 1, block * 128, 7);
             if block == 2 {
-                store.release(GroupId(1), Lsn(3), 1024);
-                let job = store.take_checkpoint().unwrap();
-                let result = job.run();
-                store.finish_checkpoint(job, result);
+                store.release(GroupId(1), 0, Lsn(3), 1024, &[]);
+                checkpoint(&store);
             }
         }
         store
@@ -338,8 +281,8 @@ mod tests {
             assert_eq!((journal.last_lsn, journal.torn_bytes), (durable.0, 0));
             assert_eq!(found.groups[0].lsn, state.groups[&GroupId(1)].position.lsn.0);
             assert_eq!(found.groups[0].acked_lsn, Some(3));
-            assert_eq!(found.groups[0].retained_bytes, Some(retained.bytes));
-            assert_eq!((found.volumes.len(), found.volumes[0].name.as_str()), (1, "data"));
+            assert_eq!(found.groups[0].retained_bytes, Some(retained.bytes()));
+            assert_eq!((found.volumes.len(), found.volumes[0].name.as_str()), (1, "v1"));
             assert_eq!((found.devices.len(), found.devices[0].used), (1, 3), "as of the checkpoint");
         }
     }

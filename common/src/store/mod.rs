@@ -17,16 +17,28 @@
 mod admission;
 mod apply;
 mod checkpoint;
+mod conflicts;
+mod delta;
+mod devices;
 pub mod driver;
+mod fsck;
+mod held;
 mod inspect;
+mod levels;
 mod overlay;
 mod read;
 mod recovery;
+mod replica;
 mod retained;
+mod role;
+mod scrub;
 pub mod setup;
+mod snapshot;
+#[cfg(test)]
+mod testing;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     sync::Arc,
 };
@@ -41,15 +53,28 @@ use tokio::sync::watch;
 pub use admission::{Change, ModifyError, SubmitError, Submitted};
 pub use apply::{ApplyJob, BatchJob};
 pub use checkpoint::CheckpointJob;
+pub use conflicts::SentFirst;
+pub use delta::{DeltaSizes, ModeError, Released};
+pub use devices::{DeviceChangeError, RelocationJob};
+pub use fsck::{Checkup, fsck};
+pub use held::HeldSnapshot;
 pub use inspect::{GroupFound, Inspection, JournalFound, VolumeFound, inspect};
-pub use read::{ImageReader, ReadFailure, ReadOut};
+pub use levels::{OverLevel, PoolBytes};
+pub use read::{ImageReader, LayerReader, ReadFailure, ReadOut};
 pub use recovery::{OpenError, Recovery};
-pub use retained::{GroupRetained, Retained};
+pub use replica::{NewRun, RunContent};
+pub use retained::{GroupRetained, LaneRetained, LaneSpan, Retained};
+pub use role::{Back, Promoted, Promotion, RoleError, demote_stopped, role_of};
+pub use scrub::{Checked, Repair, ScrubJob, Suspect};
+pub use snapshot::SnapshotError;
 
 use crate::{
     catalog::Catalog,
-    journal::{Journal, JournalConfig, JournalReader, ReadError as JournalReadError, TrimPoint},
-    pool::{Pool, PoolConfig, PoolIo, Reservation, Space},
+    history::History,
+    journal::{Journal, JournalConfig, JournalReader, RawRecord, ReadError as JournalReadError, TrimPoint},
+    lane::{LANES_MAX, Lanes},
+    lives::Lives,
+    pool::{NoSpace, Pool, PoolConfig, PoolIo, Reservation, Space},
     record::{Record, WriteData},
     state::NodeState,
     storage::Storage,
@@ -92,11 +117,35 @@ pub struct StoreConfig {
     pub reference_bytes: usize,
     /// Payload of one apply job.
     pub apply_bytes: usize,
+    /// Bytes a second that are moved off draining devices; 0: no limit.
+    pub drain_bytes_per_s: u64,
+    /// Shares of the pool at which to warn and to stop.
+    pub levels: Levels,
     /// Payload that may wait to be written to its place; more waits at admission.
     pub pending_bytes: usize,
     /// True if records are kept until a backup holds them.
     pub retain: bool,
+    /// Of the primary.
+    pub lanes: Lanes,
 }
+
+/// Shares of the pool, in millionths of its size, that blocks and what waits to be reused may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Levels {
+    /// From here on it is said that space runs short.
+    pub warn_millionths: u32,
+    /// Beyond, clients get no new segments: overwrites in place and discards still go. 1,000,000: until none is left.
+    pub stop_millionths: u32,
+}
+
+impl Default for Levels {
+    fn default() -> Self {
+        Self { warn_millionths: 800_000, stop_millionths: MILLION }
+    }
+}
+
+/// All of the pool.
+pub const MILLION: u32 = 1_000_000;
 
 /// Who a data directory is. Durable in the catalogue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,6 +160,18 @@ pub struct Identity {
     pub generation: u64,
     /// Tells two generations of one number apart.
     pub generation_id: Uid,
+    /// A primary that was superseded: the generation that did it. 0 otherwise.
+    #[serde(default)]
+    pub fenced: u64,
+    /// The role before a change of it, until the directory was converted.
+    #[serde(default)]
+    pub former: Option<Role>,
+    /// A backup whose changes an operator gave up: any primary of the pair may fill it anew.
+    #[serde(default)]
+    pub yields: bool,
+    /// The life of the primary that a backup met last; nil before the first of this generation.
+    #[serde(default)]
+    pub met: Uid,
 }
 
 /// What the last checkpoint made visible: the root from which everything else is replayed.
@@ -120,7 +181,11 @@ struct Root {
     /// The newest record that the pool's metadata includes.
     applied: Lsn,
     trim: TrimPoint,
-    acked: BTreeMap<GroupId, Lsn>,
+    acked: BTreeMap<GroupId, retained::Acked>,
+    /// The delta tables beside it include what every record before this one did to their sets.
+    tables_next: Lsn,
+    /// Records were kept for a backup.
+    retain: bool,
 }
 
 /// How far this node's records have come.
@@ -175,6 +240,10 @@ struct Queued {
 
 struct Front {
     identity: Identity,
+    /// Lanes that are paced.
+    paced: [bool; LANES_MAX],
+    history: History,
+    lives: Lives,
     journal: Journal,
     /// As of the newest record.
     state: NodeState,
@@ -184,15 +253,18 @@ struct Front {
     queue_bytes: usize,
     /// Records in the queue that may turn an overwrite in place into an allocation.
     queue_hazards: usize,
+    /// Records in the queue whose writer waits until they are in their place.
+    queue_places: usize,
     /// Recent records, for the sender.
     tail: VecDeque<Arc<Entry>>,
     tail_bytes: usize,
     retained: Retained,
+    delta: delta::Side,
     /// Segments that belong to records of the journal.
     referenced: VecDeque<(Lsn, Vec<SegmentId>)>,
     referenced_bytes: u64,
     /// Newest write of each virtual segment that is acknowledged only when the backup has it.
-    unacked_both: HashMap<(VolumeId, u64), Lsn, RandomState>,
+    unacked_both: UnackedBoth,
     /// Size at which acknowledged ones are forgotten.
     prune_both_at: usize,
     /// Blocks that somebody reads in order to write them back changed, and whether they were written meanwhile.
@@ -200,12 +272,17 @@ struct Front {
     watch_id: u64,
     /// Payload bytes submitted, and released by the backup, since the store was opened.
     traffic: (u64, u64),
+    /// Of it, by group.
+    group_traffic: BTreeMap<GroupId, (u64, u64)>,
     failed: Option<String>,
     /// First LSN that the last captured checkpoint does not include.
     checkpoint_next: Lsn,
     /// The primary's time of some records, at most every [`TIME_STEP_MS`], for the age of the oldest retained one.
     times: VecDeque<(Lsn, i64)>,
 }
+
+/// By volume and virtual segment: up to where the backup must be, in this lane, or in all.
+type UnackedBoth = HashMap<(VolumeId, u64), (Option<u8>, Lsn), RandomState>;
 
 /// See the module.
 pub struct Store {
@@ -223,8 +300,13 @@ pub struct Store {
     marks: watch::Sender<Marks>,
     wants: driver::Wants,
     stats: driver::Stats,
+    /// Taken behind every other lock.
+    damage: Mutex<scrub::Damage>,
+    held: held::Held,
 }
 
+/// Recent records that are looked at under one lock in search of those of one lane.
+const LOOKED_AT_MAX: usize = 4096;
 /// Distance of the times that are kept.
 const TIME_STEP_MS: i64 = 100;
 /// How many times are kept; when there are more, every second one goes.
@@ -233,15 +315,38 @@ const TIMES_MAX: usize = 16 * 1024;
 const PRUNE_BOTH_MIN: usize = 1024;
 
 impl Front {
+    /// Forgets recent records that no session will ask for any more.
+    fn prune_tail(&mut self) {
+        let keep_from = self.retained.oldest().unwrap_or_else(|| self.journal.next_lsn());
+        while let Some(entry) = self.tail.pop_front_if(|entry| entry.lsn < keep_from) {
+            self.tail_bytes -= entry.memory_bytes();
+        }
+    }
+
     /// Forgets acknowledged writes of `both` volumes, now and then.
     fn prune_both(&mut self) {
         if self.unacked_both.len() >= self.prune_both_at {
             let (retained, volumes) = (&self.retained, &self.state.volumes);
-            self.unacked_both.retain(|(volume, _), lsn| {
-                volumes.get(volume).is_some_and(|spec| !retained.group(spec.group).holds(*lsn))
+            self.unacked_both.retain(|(volume, _), (lane, lsn)| {
+                volumes.get(volume).is_some_and(|spec| !retained.holds(spec.group, *lane, *lsn))
             });
             self.prune_both_at = 2 * self.unacked_both.len().max(PRUNE_BOTH_MIN);
         }
+    }
+
+    fn sent_first(&self, entry: &Entry) -> SentFirst {
+        let group = self.retained.get(entry.record.group);
+        group.map_or_else(SentFirst::new, |group| self.delta.conflicts.before(entry.lsn, &entry.record, group))
+    }
+
+    fn is_paced(&self, lane: u8) -> bool {
+        self.paced[usize::from(lane)]
+    }
+
+    /// A time at or a little before that of the record at `lsn`.
+    fn time_of(&self, lsn: Lsn) -> Option<i64> {
+        let behind = self.times.partition_point(|(noted, _)| *noted <= lsn);
+        self.times.get(behind.saturating_sub(1)).map(|(_, time)| *time)
     }
 
     fn note_time(&mut self, lsn: Lsn, time_unix_ms: i64) {
@@ -318,8 +423,7 @@ impl Store {
     /// Bytes of the staging area that are in use: the span of the journal and the segments its records refer to.
     #[must_use]
     pub fn span_bytes(&self) -> u64 {
-        let front = self.front.lock();
-        front.journal.span_bytes() + front.referenced_bytes
+        self.front.lock().staged_bytes()
     }
 
     /// What the backup does not hold.
@@ -334,6 +438,36 @@ impl Store {
         self.front.lock().traffic
     }
 
+    /// Of [`Store::traffic`], what belongs to a group.
+    #[must_use]
+    pub fn group_traffic(&self, group: GroupId) -> (u64, u64) {
+        self.front.lock().group_traffic.get(&group).copied().unwrap_or_default()
+    }
+
+    /// The oldest record that the backup does not hold and that no mark stands for.
+    #[must_use]
+    pub fn retained_oldest(&self) -> Option<Lsn> {
+        self.front.lock().retained.oldest()
+    }
+
+    /// The groups that are there, and those that are gone and of which records are still to be shipped.
+    #[must_use]
+    pub fn shipped_groups(&self) -> BTreeSet<GroupId> {
+        let front = self.front.lock();
+        let retained = front.retained.groups().filter(|(_, retained)| retained.oldest().is_some()).map(|(id, _)| id);
+        front.state.groups.keys().copied().chain(retained).collect()
+    }
+
+    /// True if the backup holds the record of `group` in `lane` at `lsn`; of all lanes, everything up to there, for
+    /// `None`. What a backup before it had acknowledged does not count.
+    #[must_use]
+    pub fn is_on_backup(&self, group: GroupId, lane: Option<u8>, lsn: Lsn) -> bool {
+        let front = self.front.lock();
+        let mode = front.state.groups.get(&group).map(|g| &g.mode);
+        let replaced = matches!(mode, Some(crate::state::GroupMode::Delta { full: true, .. }));
+        !replaced && front.retained.holds(group, lane, lsn)
+    }
+
     /// One group of it.
     #[must_use]
     pub fn retained_of(&self, group: GroupId) -> GroupRetained {
@@ -345,9 +479,30 @@ impl Store {
     #[must_use]
     pub fn oldest_retained_time(&self, group: GroupId) -> Option<i64> {
         let front = self.front.lock();
-        let oldest = front.retained.group(group).oldest?;
-        let behind = front.times.partition_point(|(lsn, _)| *lsn <= oldest);
-        front.times.get(behind.saturating_sub(1)).map(|(_, time)| *time)
+        front.time_of(front.retained.get(group)?.oldest()?)
+    }
+
+    /// The same of one of its lanes.
+    #[must_use]
+    pub fn oldest_retained_time_of(&self, group: GroupId, lane: u8) -> Option<i64> {
+        let front = self.front.lock();
+        front.time_of(front.retained.get(group)?.lane(lane).oldest?)
+    }
+
+    /// Where the retained records of each lane are, and the LSN that the next record will get.
+    #[must_use]
+    pub fn lane_spans(&self) -> ([LaneSpan; LANES_MAX], Lsn) {
+        let front = self.front.lock();
+        (front.retained.spans(), front.journal.next_lsn())
+    }
+
+    /// True if what a lane keeps in the journal, with everything behind it, is more than its share.
+    #[must_use]
+    pub fn is_over_share(&self, lane: u8, oldest: Lsn) -> bool {
+        let front = self.front.lock();
+        let journal = &self.config.journal;
+        let share = self.config.lanes.share_bytes(lane, journal.capacity_bytes - journal.reserve_bytes);
+        front.journal.span_from(oldest) > share
     }
 
     /// The first record a new session has to look at: the oldest retained one, or the next.
@@ -355,6 +510,13 @@ impl Store {
     pub fn ship_from(&self) -> Lsn {
         let front = self.front.lock();
         front.retained.oldest().unwrap_or_else(|| front.journal.next_lsn())
+    }
+
+    /// True if waiting may mend this lack: a checkpoint, growth or the end of other writes gives segments back, or a
+    /// discard does that is not applied yet and that no count shows.
+    #[must_use]
+    pub fn room_may_come(&self, lack: &NoSpace) -> bool {
+        lack.quarantined > 0 || lack.can_grow > 0 || lack.reserved > 0 || self.front.lock().queue_hazards > 0
     }
 
     /// Why the store refuses work, if it does.
@@ -378,31 +540,33 @@ impl Store {
         self.apply_work.notify_all();
     }
 
-    /// The backup answered that it holds `group` durably up to `lsn`, records of so many payload bytes.
-    pub fn release(&self, group: GroupId, lsn: Lsn, payload_bytes: u64) {
+    /// The backup answered that it holds `lane` of `group` durably up to `lsn`: `records`, of so many payload bytes.
+    pub fn release(&self, group: GroupId, lane: u8, lsn: Lsn, payload_bytes: u64, records: &[Released]) {
         {
             let mut front = self.front.lock();
-            front.retained.on_released(group, lsn, payload_bytes);
-            front.traffic.1 += payload_bytes;
-            front.prune_both();
+            front.release(group, lane, lsn, payload_bytes, records);
+            front.prune_tail();
         }
         self.marks.send_modify(|m| m.releases += 1);
     }
 
-    /// Durable records from `from` on, in order, up to about `max_bytes`; from memory where they are still there.
+    /// Durable records of `lane` from `from` on, in order, up to about `max_bytes`; from memory where they are still
+    /// there. Stops early where many others lie in between.
     ///
     /// # Errors
     /// If the journal was trimmed past `from` or cannot be read.
-    pub fn records_from(
+    pub fn lane_records(
         &self,
+        lane: u8,
         from: Lsn,
         max_bytes: usize,
         spill: &mut Option<Spill>,
-    ) -> Result<Vec<Arc<Entry>>, JournalReadError> {
+    ) -> Result<LaneRecords, JournalReadError> {
         let front = self.front.lock();
         let durable = self.marks.borrow().durable;
+        let mut found = LaneRecords { records: Vec::new(), next: from };
         if from > durable {
-            return Ok(Vec::new());
+            return Ok(found);
         }
         if let Some(first) = front.tail.front().map(|e| e.lsn)
             && first <= from
@@ -410,38 +574,33 @@ impl Store {
             *spill = None;
             let skip = usize::try_from(from.0 - first.0).expect("the tail fits memory");
             let mut bytes = 0;
-            return Ok(front
-                .tail
-                .iter()
-                .skip(skip)
-                .take_while(|e| {
-                    let take = e.lsn <= durable && bytes < max_bytes;
-                    bytes += e.memory_bytes();
-                    take
-                })
-                .cloned()
-                .collect());
+            for entry in front.tail.iter().skip(skip).take_while(|e| e.lsn <= durable).take(LOOKED_AT_MAX) {
+                found.next = entry.lsn.next();
+                if entry.record.lane == lane {
+                    bytes += entry.memory_bytes();
+                    found.records.push((Arc::clone(entry), front.sent_first(entry)));
+                    if bytes >= max_bytes {
+                        break;
+                    }
+                }
+            }
+            return Ok(found);
         }
-        let mut reader = match spill.take() {
-            Some(Spill { next, reader }) if next == from => reader,
-            _ => front.journal.reader(from)?,
+        let mut from_files = match spill.take() {
+            Some(spill) if spill.next() == from => spill,
+            _ => Spill { reader: front.journal.reader(from)?, ahead: VecDeque::new() },
         };
         drop(front);
-        let raw = reader.read(durable, max_bytes)?;
-        let mut entries = Vec::with_capacity(raw.len());
-        for record in raw {
-            let lsn = record.lsn;
-            let record = Record::decode(&record.head, &record.data).map_err(|source| JournalReadError::Corrupt {
-                file: format!("the journal ({source})"),
-                offset: 0,
-                lsn,
-            })?;
-            entries.push(Arc::new(Entry { lsn, record, place: false }));
-        }
+        let entries = from_files.take(lane, durable, max_bytes)?;
         self.stats.spilled.fetch_add(entries.len() as u64, std::sync::atomic::Ordering::Relaxed);
-        let next = entries.last().map_or(from, |e| e.lsn.next());
-        *spill = Some(Spill { next, reader });
-        Ok(entries)
+        found.next = from_files.next();
+        *spill = Some(from_files);
+        let front = self.front.lock();
+        found.records.extend(entries.into_iter().map(|entry| {
+            let first = front.sent_first(&entry);
+            (entry, first)
+        }));
+        Ok(found)
     }
 
     /// The bytes of a write, from memory or, for a record that refers to segments, from the pool.
@@ -458,10 +617,52 @@ impl Store {
     }
 }
 
+/// What [`Store::lane_records`] found.
+pub struct LaneRecords {
+    /// In order, each with what must be sent before it.
+    pub records: Vec<(Arc<Entry>, SentFirst)>,
+    /// Where to go on.
+    pub next: Lsn,
+}
+
+/// Read from the files at a time, in bytes, however little is asked for.
+const SPILL_BYTES: usize = 1 << 20;
+
 /// A place in the journal's files for a sender that has fallen out of the memory tail.
 pub struct Spill {
-    next: Lsn,
     reader: JournalReader,
+    /// Read, and not asked for yet.
+    ahead: VecDeque<RawRecord>,
+}
+
+impl Spill {
+    /// The record that is asked for next.
+    fn next(&self) -> Lsn {
+        self.ahead.front().map_or(self.reader.next_lsn(), |record| record.lsn)
+    }
+
+    /// Durable records of `lane`, up to about `max_bytes` of records of any lane.
+    fn take(&mut self, lane: u8, durable: Lsn, max_bytes: usize) -> Result<Vec<Arc<Entry>>, JournalReadError> {
+        if self.ahead.is_empty() {
+            self.ahead = self.reader.read(durable, max_bytes.max(SPILL_BYTES))?.into();
+        }
+        let (mut entries, mut bytes) = (Vec::new(), 0);
+        while bytes < max_bytes
+            && let Some(RawRecord { lsn, head, data }) = self.ahead.pop_front()
+        {
+            bytes += head.len() + data.len();
+            if Record::lane_of(&head) != Some(lane) {
+                continue;
+            }
+            let record = Record::decode(&head, &data).map_err(|source| JournalReadError::Corrupt {
+                file: format!("the journal ({source})"),
+                offset: 0,
+                lsn,
+            })?;
+            entries.push(Arc::new(Entry { lsn, record, place: false }));
+        }
+        Ok(entries)
+    }
 }
 
 fn failed_io(what: &str, error: &io::Error) -> String {
@@ -479,4 +680,35 @@ pub fn open(
     random: &mut dyn FnMut() -> Uid,
 ) -> Result<(Arc<Store>, Recovery), OpenError> {
     recovery::open(storage, config, role, random)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        testing::{create, open, write},
+        *,
+    };
+    use crate::storage::sim::{Fault, OpKind, SimStorage};
+
+    #[test]
+    fn a_sender_that_is_behind_reads_the_files_in_large_steps() {
+        let disk = SimStorage::new(1);
+        let store = open(Arc::new(disk.clone()), 1);
+        create(&store, 1);
+        for block in 0..150 {
+            write(&store, 1, block, 7);
+        }
+        let (mut from, mut spill) = (Lsn(1), None);
+        let mut seen = Vec::new();
+        while from <= store.marks().borrow().durable {
+            let found = store.lane_records(0, from, 1, &mut spill).unwrap();
+            seen.extend(found.records.iter().map(|(entry, _)| entry.lsn.0));
+            from = found.next;
+            // The first step has read all that is not in memory.
+            disk.clear_faults();
+            disk.fail_nth(OpKind::Read, 1, Fault::EIO);
+        }
+        assert_eq!(seen, (1..=151).collect::<Vec<_>>());
+        assert!(store.stats().spilled.load(std::sync::atomic::Ordering::Relaxed) > 10, "nothing was read from files");
+    }
 }

@@ -11,15 +11,16 @@ use thiserror::Error;
 use crate::{
     pool::{Piece, Pool, PoolError, PoolIo, ReadError},
     record::{Control, Op, Record, WriteData},
-    types::{BlockRange, BlockSize, GroupId, LayerId, Lsn, Position, VolumeId, VolumeSpec},
+    state::{LanePlaces, Place},
+    types::{BlockRange, BlockSize, GroupId, LayerId, Lsn, Position, SnapshotId, VolumeId, VolumeSpec},
 };
 
 use super::{Failed, Store, SubmitError, overlay::Found};
 
 /// How often a read looks again before a mismatch is taken for damage.
 const ATTEMPTS: usize = 16;
-/// Images that may be read at one time: each holds a snapshot.
-const READERS_MAX: usize = 16;
+/// Images that may be read, or be the base of a clone, at one time: each holds a snapshot.
+const READERS_MAX: usize = 24;
 
 /// What was read.
 #[derive(Debug, Clone)]
@@ -30,6 +31,8 @@ pub struct ReadOut {
     pub seen: Lsn,
     /// For volumes acknowledged by both sides: answer only when the backup holds this LSN of the group; 0: nothing.
     pub seen_both: Lsn,
+    /// In this lane; in all of them for `None`.
+    pub seen_lane: Option<u8>,
 }
 
 /// Why a read failed.
@@ -41,6 +44,9 @@ pub enum ReadFailure {
     /// No such volume.
     #[error("volume {0} does not exist")]
     NoVolume(VolumeId),
+    /// It is filled from a snapshot, and not served meanwhile.
+    #[error("volume {0} is being filled from a snapshot: try again when that is done")]
+    Restoring(VolumeId),
     /// Past the end.
     #[error("blocks {first}..{end} lie outside of the volume, which has {blocks} blocks")]
     OutOfRange {
@@ -66,7 +72,7 @@ pub enum ReadFailure {
     #[error("reading a device: {0}")]
     Io(#[from] std::io::Error),
     /// Too many images are being read.
-    #[error("{READERS_MAX} images are being read already: try again when one of them ends")]
+    #[error("{READERS_MAX} images are being read or cloned already: try again when one of them ends")]
     Readers,
     /// A snapshot could not be taken.
     #[error(transparent)]
@@ -82,20 +88,52 @@ impl Store {
         for attempt in 1.. {
             match self.try_read(volume, first, count) {
                 Err(ReadFailure::Damaged { .. }) if attempt < ATTEMPTS => std::thread::yield_now(),
+                Err(ReadFailure::Damaged { volume, block }) => {
+                    self.note_damaged_read(volume, None, block);
+                    return Err(ReadFailure::Damaged { volume, block });
+                }
                 other => return other,
             }
         }
         unreachable!("the last attempt returns")
     }
 
+    /// Reads whole blocks of the head of a volume of an open run, which may not be seen yet: as of what the run has
+    /// written.
+    ///
+    /// # Errors
+    /// See [`ReadFailure`].
+    pub fn read_in_run(&self, spec: &VolumeSpec, first: u64, count: u64) -> Result<Bytes, ReadFailure> {
+        for attempt in 1.. {
+            match self.try_read_as(Some(spec), spec.id, first, count) {
+                Err(ReadFailure::Damaged { .. }) if attempt < ATTEMPTS => std::thread::yield_now(),
+                other => return other.map(|read| read.data),
+            }
+        }
+        unreachable!("the last attempt returns")
+    }
+
     fn try_read(&self, volume: VolumeId, first: u64, count: u64) -> Result<ReadOut, ReadFailure> {
+        self.try_read_as(None, volume, first, count)
+    }
+
+    fn try_read_as(
+        &self,
+        spec: Option<&VolumeSpec>,
+        volume: VolumeId,
+        first: u64,
+        count: u64,
+    ) -> Result<ReadOut, ReadFailure> {
         let blocks = usize::try_from(count).expect("a request is bounded by the message size");
         let mut seen = Lsn::ZERO;
         let (block_size, mut data, mut crcs, mut covered);
         {
             let front = self.front.lock();
             front.check()?;
-            let spec = front.state.volumes.get(&volume).ok_or(ReadFailure::NoVolume(volume))?;
+            if spec.is_none() && front.state.restores.contains_key(&volume) {
+                return Err(ReadFailure::Restoring(volume));
+            }
+            let spec = spec.or_else(|| front.state.volumes.get(&volume)).ok_or(ReadFailure::NoVolume(volume))?;
             check_range(spec, first, count)?;
             block_size = spec.block_size;
             let block_bytes = block_size.bytes() as usize;
@@ -116,21 +154,21 @@ impl Store {
             }
             at += run;
         }
-        let seen_both = self.unacked_both(BlockRange { volume, first, count });
-        Ok(ReadOut { data: data.freeze(), seen, seen_both })
+        let (seen_lane, seen_both) = self.unacked_both(BlockRange { volume, first, count });
+        Ok(ReadOut { data: data.freeze(), seen, seen_both, seen_lane })
     }
 
     /// The newest write of `range` that waits for the backup. Asked behind a read, it covers all that the read saw.
-    fn unacked_both(&self, range: BlockRange) -> Lsn {
+    fn unacked_both(&self, range: BlockRange) -> (Option<u8>, Lsn) {
         let front = self.front.lock();
-        let Some(spec) = front.state.volumes.get(&range.volume) else { return Lsn::ZERO };
+        let Some(spec) = front.state.volumes.get(&range.volume) else { return Default::default() };
         if front.unacked_both.is_empty() {
-            return Lsn::ZERO;
+            return Default::default();
         }
         let per_segment = u64::from(spec.blocks_per_segment());
         (range.first / per_segment..=(range.end() - 1) / per_segment)
             .filter_map(|segment| front.unacked_both.get(&(range.volume, segment)).copied())
-            .max()
+            .reduce(|(lane, lsn), (other, newer)| (lane.filter(|lane| Some(*lane) == other), lsn.max(newer)))
             .unwrap_or_default()
     }
 
@@ -171,6 +209,9 @@ impl Store {
     pub fn extent(&self, volume: VolumeId, first: u64, max: u64) -> Result<(bool, u64), ReadFailure> {
         let per_segment = {
             let front = self.front.lock();
+            if front.state.restores.contains_key(&volume) {
+                return Err(ReadFailure::Restoring(volume));
+            }
             let spec = front.state.volumes.get(&volume).ok_or(ReadFailure::NoVolume(volume))?;
             check_range(spec, first, max)?;
             let per_segment = u64::from(spec.blocks_per_segment());
@@ -223,21 +264,54 @@ impl Store {
         let mut front = self.front.lock();
         front.check()?;
         let spec = front.state.volumes.get(&volume).ok_or(ReadFailure::NoVolume(volume))?.clone();
-        if front.state.snapshots.len() >= READERS_MAX {
+        if front.state.readers().count() >= READERS_MAX {
             return Err(ReadFailure::Readers);
         }
-        let position = front.state.groups.get(&spec.group).map_or(Position::default(), |g| g.position);
+        let group = front.state.groups.get(&spec.group);
+        let position = group.map_or(Position::default(), |g| g.position);
+        let lanes = group.map(|g| g.lanes.clone()).unwrap_or_default();
         let layer = LayerId(front.state.last_layer.0 + 1);
-        let control = Control::CreateSnapshot { layers: vec![(volume, layer)] };
+        // In a run the image is the one from before it.
+        let below = group.and_then(|g| g.run.as_ref()).and_then(|run| run.layers.iter().find(|(v, _)| *v == volume));
+        let control = match below {
+            Some((_, of)) => Control::PinSnapshot { volume, layer, of: *of },
+            None => Control::CreateSnapshot { layers: vec![(volume, layer)] },
+        };
         let lsn = self.submit_control_locked(&mut front, GroupId::default(), control, time_unix_ms)?.lsn;
         drop(front);
-        Ok(ImageReader { store: Arc::clone(self), spec, layer, position, lsn, time_unix_ms })
+        Ok(ImageReader { reader: LayerReader::new(self, &spec, layer), position, lanes, lsn, time_unix_ms })
+    }
+
+    /// As [`Store::open_image`], of a snapshot for users.
+    ///
+    /// # Errors
+    /// See [`ReadFailure`]; `NoSnapshot` of the pool, if it is gone.
+    pub fn open_snapshot_image(
+        self: &Arc<Self>,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+        time_unix_ms: i64,
+    ) -> Result<ImageReader, ReadFailure> {
+        let mut front = self.front.lock();
+        front.check()?;
+        if front.state.readers().count() >= READERS_MAX {
+            return Err(ReadFailure::Readers);
+        }
+        let held = front.state.snapshots.get(&snapshot).and_then(|s| Some((s.volume(volume)?, s.position)));
+        let ((spec, of), position) = held.ok_or(ReadFailure::NoVolume(volume))?;
+        let (spec, layer) = (spec.clone(), LayerId(front.state.last_layer.0 + 1));
+        let control = Control::PinSnapshot { volume, layer, of };
+        let lsn = self.submit_control_locked(&mut front, GroupId::default(), control, time_unix_ms)?.lsn;
+        drop(front);
+        // No lane overtakes the record of a snapshot.
+        let lanes = LanePlaces::all(Place { position, time_unix_ms: 0 });
+        Ok(ImageReader { reader: LayerReader::new(self, &spec, layer), position, lanes, lsn, time_unix_ms })
     }
 
     /// Ends the images that were being read when the node stopped.
     pub(super) fn drop_readers(&self) {
         let mut front = self.front.lock();
-        let layers: Vec<LayerId> = front.state.snapshots.keys().copied().collect();
+        let layers: Vec<LayerId> = front.state.readers().collect();
         if !layers.is_empty() {
             // It fails only on a store that has failed, or whose journal's reserve is used up; the next start tries
             // again.
@@ -249,10 +323,9 @@ impl Store {
 
 /// One consistent image of a volume. Dropping it gives its snapshot back.
 pub struct ImageReader {
-    store: Arc<Store>,
-    spec: VolumeSpec,
-    layer: LayerId,
+    reader: LayerReader,
     position: Position,
+    lanes: LanePlaces,
     lsn: Lsn,
     time_unix_ms: i64,
 }
@@ -261,19 +334,72 @@ impl ImageReader {
     /// The volume as it was.
     #[must_use]
     pub fn spec(&self) -> &VolumeSpec {
-        &self.spec
+        &self.reader.spec
     }
 
-    /// The position of the image, as the primary counts.
+    /// The newest record in the image, as the primary counts.
     #[must_use]
     pub fn position(&self) -> Position {
         self.position
+    }
+
+    /// The newest record of each lane in it.
+    #[must_use]
+    pub fn lanes(&self) -> &LanePlaces {
+        &self.lanes
     }
 
     /// Reading may start when this LSN is applied.
     #[must_use]
     pub fn ready_at(&self) -> Lsn {
         self.lsn
+    }
+
+    /// How many blocks from `first` on, at most `max`, are all holes or all not.
+    ///
+    /// # Errors
+    /// See [`ReadFailure`].
+    pub fn extent(&self, first: u64, max: u64) -> Result<(bool, u64), ReadFailure> {
+        self.reader.extent(first, max)
+    }
+
+    /// Reads whole blocks.
+    ///
+    /// # Errors
+    /// See [`ReadFailure`].
+    pub fn read(&self, first: u64, count: u64) -> Result<Bytes, ReadFailure> {
+        self.reader.read(first, count)
+    }
+}
+
+impl Drop for ImageReader {
+    fn drop(&mut self) {
+        let store = &self.reader.store;
+        let mut front = store.front.lock();
+        let control = Control::DeleteSnapshot { layers: vec![self.reader.layer] };
+        // On failure the snapshot goes at the next start.
+        let _ = store.submit_control_locked(&mut front, GroupId::default(), control, self.time_unix_ms);
+    }
+}
+
+/// Reads a snapshot that somebody else holds.
+pub struct LayerReader {
+    store: Arc<Store>,
+    spec: VolumeSpec,
+    layer: LayerId,
+}
+
+impl LayerReader {
+    /// Reads `layer` of the volume `spec`.
+    #[must_use]
+    pub fn new(store: &Arc<Store>, spec: &VolumeSpec, layer: LayerId) -> Self {
+        Self { store: Arc::clone(store), spec: spec.clone(), layer }
+    }
+
+    /// The volume as it was.
+    #[must_use]
+    pub fn spec(&self) -> &VolumeSpec {
+        &self.spec
     }
 
     /// How many blocks from `first` on, at most `max`, are all holes or all not.
@@ -299,20 +425,16 @@ impl ImageReader {
             match read {
                 // A block the snapshot does not own yet is read from the head, where a write may just displace it.
                 Err(ReadFailure::Damaged { .. }) if attempt < ATTEMPTS => std::thread::yield_now(),
-                Err(error) => return Err(error),
+                Err(error) => {
+                    if let ReadFailure::Damaged { volume, block } = error {
+                        self.store.note_damaged_read(volume, Some(self.layer), block);
+                    }
+                    return Err(error);
+                }
                 Ok(()) => return Ok(data.freeze()),
             }
         }
         unreachable!("the last attempt returns")
-    }
-}
-
-impl Drop for ImageReader {
-    fn drop(&mut self) {
-        let mut front = self.store.front.lock();
-        let control = Control::DeleteSnapshot { layers: vec![self.layer] };
-        // On failure the snapshot goes at the next start.
-        let _ = self.store.submit_control_locked(&mut front, GroupId::default(), control, self.time_unix_ms);
     }
 }
 

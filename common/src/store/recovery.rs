@@ -7,9 +7,12 @@
 //! Time is proportional to the journal since the trim point. Recovery itself may be interrupted anywhere: it changes
 //! nothing that a second one would not do again.
 
-use std::{collections::VecDeque, io, sync::Arc};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io,
+    sync::Arc,
+};
 
-use foldhash::fast::RandomState;
 use hashbrown::HashMap;
 use parking_lot::{Condvar, Mutex};
 use thiserror::Error;
@@ -17,7 +20,10 @@ use tokio::sync::watch;
 
 use crate::{
     catalog::{Catalog, CatalogError, DEFAULT_CACHE_BYTES},
+    history::{Generation, History},
     journal::{Journal, ReadError, RecoverError, TrimPoint},
+    lane::LANES_MAX,
+    lives::Lives,
     pool::{IoPlan, Pool, PoolError},
     record::{self, Op, Record, WriteData},
     state::NodeState,
@@ -26,16 +32,22 @@ use crate::{
 };
 
 use super::{
-    Front, Identity, Marks, Retained, Role, Root, Store, StoreConfig,
-    admission::Touched,
+    Front, Identity, Marks, Retained, Role, Root, Store, StoreConfig, UnackedBoth,
+    admission::{Touched, note_unacked},
     apply::{Applier, plan_record},
     checkpoint::{ROOT, write_root},
+    delta,
     driver::Stats,
     overlay::Overlay,
+    role,
 };
 
 /// Key of the identity in the catalogue.
 pub(super) const IDENTITY: &str = "identity";
+/// Key of the generations in the catalogue.
+pub(super) const HISTORY: &str = "history";
+/// Of a primary: [`Lives`].
+pub(super) const LIVES: &str = "lives";
 /// Payload replayed before it is written.
 const REPLAY_BYTES: usize = 8 << 20;
 
@@ -89,6 +101,9 @@ pub enum OpenError {
     /// Files.
     #[error("storage: {0}")]
     Io(#[from] io::Error),
+    /// The role has changed, and the rest of the directory cannot follow. It is tried again with each start.
+    #[error("the directory cannot be made that of its new role yet: {0}; mend that and start again")]
+    Convert(String),
     /// A record cannot be applied.
     #[error("record {lsn} cannot be replayed: {why}")]
     Replay {
@@ -106,18 +121,18 @@ struct Replay {
     plan: IoPlan,
     planned_bytes: usize,
     retained: Retained,
+    delta: delta::Side,
+    /// Records before this one have done to the delta tables what they do, but for their marks.
+    tables_next: Lsn,
     retain: bool,
     referenced: VecDeque<(Lsn, Vec<SegmentId>)>,
-    unacked_both: HashMap<(VolumeId, u64), Lsn, RandomState>,
+    unacked_both: UnackedBoth,
     replayed: u64,
 }
 
 impl Replay {
     /// First pass: what the record holds on to.
     fn on_found(&mut self, lsn: Lsn, record: &Record) {
-        if self.retain && record.group != GroupId::default() && lsn > self.retained.group(record.group).acked {
-            self.retained.on_submitted(record.group, lsn, record.payload_bytes());
-        }
         if let Op::Write { data: WriteData::Segments(segments, _), .. } = &record.op {
             for segment in segments {
                 self.pool.pin(*segment);
@@ -128,14 +143,17 @@ impl Replay {
 
     /// Second pass.
     fn on_record(&mut self, lsn: Lsn, record: &Record) -> Result<(), String> {
+        // Up to the checkpoint it is only to be known what is retained.
+        let chained = record.group != GroupId::default() && self.state.retains(record.group, lsn);
+        if self.retain && (lsn > self.applied || chained) {
+            self.delta.apply(&self.state, &mut self.retained, lsn, record, lsn >= self.tables_next);
+        }
         if let Some(touched) = Touched::of(record, &self.state)
             && touched.both
             && self.retain
-            && !self.retained.group(record.group).holds(lsn)
+            && !self.retained.holds(record.group, Some(record.lane), lsn)
         {
-            for segment in touched.segments() {
-                self.unacked_both.insert((touched.range.volume, segment), lsn);
-            }
+            note_unacked(&mut self.unacked_both, &self.retained, &touched, record, lsn);
         }
         if lsn <= self.applied {
             return Ok(());
@@ -196,24 +214,64 @@ pub(super) fn open(
     if identity.role != role {
         return Err(OpenError::Role { found: identity.role, wanted: role });
     }
-    let root: Root = load(&catalog, ROOT)?;
-    let pool = Pool::open(Arc::clone(&storage), &catalog, identity.instance, &config.pool)?;
+    if let Some(former) = identity.former {
+        role::convert(&storage, &catalog, &config, identity, former)?;
+    }
+    let identity: Identity = load(&catalog, IDENTITY)?;
+    let (store, mut recovery, kept) = open_as(&storage, catalog, config, identity, None)?;
+    recovery.created = created;
+    // Before anything is admitted: a record behind it was never shipped in the life before.
+    store.end_life()?;
+    store.drop_readers();
+    store.abort_open_runs(0);
+    if !kept {
+        store.mark_everything("initial");
+    }
+    Ok((store, recovery))
+}
 
+/// The store as of its newest record, and whether records were kept for a backup as long as it wants. `replay_retain`
+/// overrides, for the records that are there, whether they are.
+pub(super) fn open_as(
+    storage: &Arc<dyn Storage>,
+    catalog: Catalog,
+    config: StoreConfig,
+    identity: Identity,
+    replay_retain: Option<bool>,
+) -> Result<(Arc<Store>, Recovery, bool), OpenError> {
+    let root = load_root(&catalog)?;
+    let history = load_history(&catalog, &identity)?;
+    let lives = if catalog.read()?.meta(LIVES)?.is_some() { load(&catalog, LIVES)? } else { Lives::default() };
+    let pool = Pool::open(Arc::clone(storage), &catalog, identity.instance, &config.pool)?;
+
+    let mut rows = delta::Stored::new();
+    catalog.read()?.delta(|volume, set, page, blob| {
+        rows.entry((VolumeId(volume), set)).or_default().push((page, blob.to_vec()));
+    })?;
+    let delta = delta::Side::load(rows).map_err(|why| OpenError::Root { key: "delta", why })?;
+    let mut retained = Retained::from_acked(&root.acked);
+    for group in root.state.groups.values().filter(|g| !g.mode.is_continuous()) {
+        // Its records up to here are marks, in a final round up to its cut.
+        let retaining = group.mode.run().filter(|run| run.kind.retains());
+        retained.on_marked(group.id, retaining.map_or(group.position.lsn, |run| run.position.lsn));
+    }
     let mut replay = Replay {
         pool,
         state: root.state,
         applied: root.applied,
         plan: IoPlan::new(),
         planned_bytes: 0,
-        retained: Retained::from_acked(&root.acked),
-        retain: config.retain,
+        retained,
+        delta,
+        tables_next: root.tables_next,
+        retain: replay_retain.map_or(config.retain, |retain| retain && root.retain),
         referenced: VecDeque::new(),
         unacked_both: HashMap::default(),
         replayed: 0,
     };
     let mut oldest = None;
     let (journal, recovered) = Journal::open(
-        Arc::clone(&storage),
+        Arc::clone(storage),
         identity.instance,
         config.journal,
         root.trim,
@@ -231,16 +289,40 @@ pub(super) fn open(
         replay.run(&journal, oldest)?;
     }
     let recovery = Recovery {
-        created,
+        created: false,
         replayed: replay.replayed,
         records: recovered.records,
         bytes: recovered.bytes,
         dropped_bytes: recovered.dropped_bytes,
         epoch: recovered.epoch,
     };
-    let store = assemble(config, catalog, identity, journal, replay);
-    store.drop_readers();
-    Ok((store, recovery))
+    replay.delta.on_recovered(&replay.state);
+    let kept = root.retain || !config.retain;
+    let store = assemble(config, catalog, (identity, history, lives), journal, replay);
+    Ok((store, recovery, kept))
+}
+
+/// Directories from before there was a history have one generation: their own.
+fn load_history(catalog: &Catalog, identity: &Identity) -> Result<History, OpenError> {
+    if catalog.read()?.meta(HISTORY)?.is_some() {
+        return load(catalog, HISTORY);
+    }
+    let mut history = History::default();
+    if identity.generation > 0 {
+        let primary = if identity.role == Role::Primary { identity.instance } else { Uid::default() };
+        history.push(first_generation(identity, primary));
+    }
+    Ok(history)
+}
+
+fn first_generation(identity: &Identity, primary: Uid) -> Generation {
+    Generation {
+        number: identity.generation,
+        id: identity.generation_id,
+        primary,
+        fork: BTreeMap::new(),
+        met: Uid::default(),
+    }
 }
 
 fn create(
@@ -256,6 +338,10 @@ fn create(
         instance: random(),
         generation: u64::from(role == Role::Primary),
         generation_id: if role == Role::Primary { random() } else { Uid::default() },
+        fenced: 0,
+        former: None,
+        yields: false,
+        met: Uid::default(),
     };
     Pool::create(Arc::clone(storage), catalog, identity.instance, &config.pool)?;
     let root = Root {
@@ -263,6 +349,8 @@ fn create(
         applied: Lsn::ZERO,
         trim: TrimPoint::default(),
         acked: std::collections::BTreeMap::new(),
+        tables_next: Lsn::ZERO,
+        retain: config.retain,
     };
     write_root(catalog, &root, None)?;
     // The identity comes last: a directory that has one is whole.
@@ -276,22 +364,44 @@ pub(super) fn load<T: serde::de::DeserializeOwned>(catalog: &Catalog, key: &'sta
     serde_json::from_slice(&json).map_err(|e| OpenError::Root { key, why: e.to_string() })
 }
 
-fn assemble(config: StoreConfig, catalog: Catalog, identity: Identity, journal: Journal, replay: Replay) -> Arc<Store> {
+/// The last checkpoint.
+pub(super) fn load_root(catalog: &Catalog) -> Result<Root, OpenError> {
+    let mut root: Root = load(catalog, ROOT)?;
+    root.state.fill_lanes();
+    Ok(root)
+}
+
+fn assemble(
+    config: StoreConfig,
+    catalog: Catalog,
+    (identity, history, lives): (Identity, History, Lives),
+    journal: Journal,
+    replay: Replay,
+) -> Arc<Store> {
     let (io, space) = (replay.pool.io(), replay.pool.space());
     let durable = journal.durable_lsn();
     let segment_bytes = u64::from(config.pool.segment_bytes);
     let referenced_bytes = replay.referenced.iter().map(|(_, s)| s.len() as u64 * segment_bytes).sum();
+    let mut paced = [false; LANES_MAX];
+    for (lane, paced) in (0..).zip(&mut paced) {
+        *paced = config.lanes.is_paced(lane);
+    }
     let front = Front {
         identity,
+        paced,
+        history,
+        lives,
         journal,
         state: replay.state.clone(),
         overlay: Overlay::default(),
         queue: VecDeque::new(),
         queue_bytes: 0,
         queue_hazards: 0,
+        queue_places: 0,
         tail: VecDeque::new(),
         tail_bytes: 0,
         retained: replay.retained,
+        delta: replay.delta,
         referenced: replay.referenced,
         referenced_bytes,
         failed: None,
@@ -302,9 +412,16 @@ fn assemble(config: StoreConfig, catalog: Catalog, identity: Identity, journal: 
         watches: Vec::new(),
         watch_id: 0,
         traffic: (0, 0),
+        group_traffic: BTreeMap::new(),
     };
-    let applier =
-        Applier { state: replay.state, applied: durable, in_flight: false, checkpointing: false, sweep: true };
+    let applier = Applier {
+        state: replay.state,
+        applied: durable,
+        in_flight: false,
+        checkpointing: false,
+        sweep: true,
+        moved: 0,
+    };
     let marks = Marks { durable, applied: durable, placed: Lsn::ZERO, releases: 0, failed: false };
     Arc::new(Store {
         config,
@@ -319,5 +436,7 @@ fn assemble(config: StoreConfig, catalog: Catalog, identity: Identity, journal: 
         marks: watch::channel(marks).0,
         wants: super::driver::Wants::default(),
         stats: Stats::default(),
+        damage: Mutex::default(),
+        held: super::held::Held::default(),
     })
 }

@@ -5,6 +5,7 @@ use std::{io, path::Path, sync::Arc};
 use crate::{
     config,
     journal::JournalConfig,
+    lane::Lanes,
     pool::{DeviceConfig, PoolConfig},
     storage::{RealStorage, Storage},
 };
@@ -79,7 +80,10 @@ pub fn store_config(
         tail_bytes: TAIL_BYTES,
         reference_bytes: REFERENCE_BYTES,
         apply_bytes: APPLY_BYTES,
+        drain_bytes_per_s: pool.drain_bytes_per_s,
+        levels: pool.levels,
         pending_bytes: PENDING_BYTES,
         retain,
+        lanes: Lanes::default(),
     }
 }

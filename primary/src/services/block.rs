@@ -5,12 +5,13 @@ use std::pin::Pin;
 use tokio::time::Instant;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
-use understudy_proto::v1::{self, block_service_server::BlockService, read_blocks_response::Content};
+use understudy_proto::{
+    convert::client_from_wire,
+    v1::{self, block_service_server::BlockService, read_blocks_response::Content},
+};
 
 use super::{Shared, key, length, stream, within};
-use crate::api::{
-    BlockEngine, ClientSequence, EngineError, PieceContent, VolumeKey, WriteAck, WriteKind, WriteRequest,
-};
+use crate::api::{BlockEngine, EngineError, PieceContent, VolumeKey, WriteAck, WriteKind, WriteRequest};
 
 /// Payload of one answer of a long read where the client leaves it to us.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -55,10 +56,15 @@ impl<E: BlockEngine> BlockService for BlockFrontend<E> {
         &self,
         request: Request<v1::ReadBlocksRequest>,
     ) -> Result<Response<Self::ReadBlocksStream>, Status> {
-        let v1::ReadBlocksRequest { volume_id, volume, offset_bytes, length_bytes, chunk_bytes } = request.into_inner();
+        let v1::ReadBlocksRequest { volume_id, volume, offset_bytes, length_bytes, chunk_bytes, snapshot } =
+            request.into_inner();
         let volume = key(volume_id, volume)?;
         within(chunk_bytes.into(), self.0.message_bytes)?;
-        let spec = self.0.engine.volume(&volume)?;
+        let snapshot = (!snapshot.is_empty()).then_some(snapshot);
+        let spec = match &snapshot {
+            Some(snapshot) => self.0.engine.snapshot_spec(&volume, snapshot)?,
+            None => self.0.engine.volume(&volume)?,
+        };
         let rest = spec.size_bytes.checked_sub(offset_bytes);
         let length_bytes = match (rest, length_bytes) {
             (Some(rest), 0) => rest,
@@ -76,7 +82,7 @@ impl<E: BlockEngine> BlockService for BlockFrontend<E> {
         };
         // The name could be another volume's in the middle of the read; the number never is.
         let volume = VolumeKey::Id(spec.id);
-        let read = Read { volume, next: offset_bytes, end: offset_bytes + length_bytes, chunk_bytes };
+        let read = Read { volume, snapshot, next: offset_bytes, end: offset_bytes + length_bytes, chunk_bytes };
         Ok(Response::new(Box::pin(read_pieces(self.0.clone(), read))))
     }
 
@@ -98,7 +104,7 @@ impl<E: BlockEngine> BlockService for BlockFrontend<E> {
             offset_bytes,
             kind: WriteKind::Discard { length_bytes },
             crc32c: None,
-            client: client(client_id, sequence)?,
+            client: client_from_wire(client_id, sequence).map_err(EngineError::from)?,
         };
         Ok(Response::new(self.write(request).await?))
     }
@@ -115,7 +121,7 @@ impl<E: BlockEngine> BlockService for BlockFrontend<E> {
             offset_bytes,
             kind: WriteKind::Zeroes { length_bytes },
             crc32c: None,
-            client: client(client_id, sequence)?,
+            client: client_from_wire(client_id, sequence).map_err(EngineError::from)?,
         };
         Ok(Response::new(self.write(request).await?))
     }
@@ -124,29 +130,21 @@ impl<E: BlockEngine> BlockService for BlockFrontend<E> {
 impl<E: BlockEngine> BlockFrontend<E> {
     async fn write(&self, request: WriteRequest) -> Result<v1::WriteBlockResponse, EngineError> {
         let started = Instant::now();
-        let (payload, counted) = (payload_bytes(&request), range_bytes(&request));
+        let (payload, counted) = (request.payload_bytes(), range_bytes(&request));
         let permit = self.0.engine.admit(payload).await?;
         let ticket = self.0.engine.submit(permit, request).await?;
         let ack = self.0.engine.wait(ticket).await?;
-        self.0.acknowledged(counted, started);
+        self.0.acknowledged(&ack, counted, started);
         Ok(write_response(&ack))
     }
 }
 
 impl<E> Shared<E> {
     /// Counts a write.
-    pub(super) fn acknowledged(&self, bytes: u64, started: Instant) {
+    pub(super) fn acknowledged(&self, ack: &WriteAck, bytes: u64, started: Instant) {
         self.metrics.writes.inc();
         self.metrics.write_bytes.inc_by(bytes);
-        self.ack_seconds.observe(started.elapsed().as_secs_f64());
-    }
-}
-
-/// Bytes that a request holds in memory.
-pub(super) fn payload_bytes(request: &WriteRequest) -> u64 {
-    match &request.kind {
-        WriteKind::Data(data) => length(data),
-        WriteKind::Zeroes { .. } | WriteKind::Discard { .. } => 0,
+        self.ack_seconds[usize::from(ack.delta)].observe(started.elapsed().as_secs_f64());
     }
 }
 
@@ -167,14 +165,14 @@ pub(super) fn write_request(request: v1::WriteBlockRequest, message_bytes: usize
         offset_bytes,
         kind: WriteKind::Data(data),
         crc32c,
-        client: client(client_id, sequence)?,
+        client: client_from_wire(client_id, sequence)?,
     })
 }
 
 pub(super) fn write_response(ack: &WriteAck) -> v1::WriteBlockResponse {
     v1::WriteBlockResponse {
         position: Some(ack.position.into()),
-        mode: v1::Mode::Continuous.into(),
+        mode: if ack.delta { v1::Mode::Delta } else { v1::Mode::Continuous }.into(),
         durability: durability(ack).into(),
         duplicate: ack.duplicate,
     }
@@ -191,19 +189,10 @@ fn not_empty(field: &'static str, length: u64) -> Result<(), EngineError> {
     Err(EngineError::Invalid { field, why: "is empty; name at least one byte".into() })
 }
 
-fn client(client: String, sequence: u64) -> Result<Option<ClientSequence>, EngineError> {
-    let invalid = |field, why: String| Err(EngineError::Invalid { field, why });
-    match (client.len(), sequence) {
-        // A client without a sequence only says who it is.
-        (_, 0) if client.len() <= 64 => Ok(None),
-        (0, _) => invalid("client_id", "is empty although a sequence is set; set both or none".into()),
-        (1..=64, _) => Ok(Some(ClientSequence { client, sequence })),
-        (long, _) => invalid("client_id", format!("has {long} bytes and may have 64")),
-    }
-}
-
 struct Read {
     volume: VolumeKey,
+    /// The head, if it is `None`.
+    snapshot: Option<String>,
     next: u64,
     end: u64,
     chunk_bytes: u64,
@@ -222,7 +211,11 @@ fn read_pieces<E: BlockEngine>(
             return Err(EngineError::Draining.into());
         }
         let rest = read.end - read.next;
-        let piece = shared.engine.read_piece(&read.volume, read.next, rest.min(read.chunk_bytes)).await?;
+        let bytes = rest.min(read.chunk_bytes);
+        let piece = match &read.snapshot {
+            Some(snapshot) => shared.engine.read_snapshot(&read.volume, snapshot, read.next, bytes).await?,
+            None => shared.engine.read_piece(&read.volume, read.next, bytes).await?,
+        };
         let (content, bytes) = match piece.content {
             PieceContent::Data(data) => {
                 let bytes = length(&data);

@@ -1,6 +1,7 @@
 //! The gRPC services of the primary: wire to engine and back, nothing else.
 
 mod block;
+mod replica;
 mod replication;
 mod stream;
 #[cfg(test)]
@@ -23,13 +24,14 @@ use understudy_proto::{
     FILE_DESCRIPTOR_SET,
     methods::methods,
     v1::{
-        block_service_server::BlockServiceServer, replication_service_server::ReplicationServiceServer,
-        volume_service_server::VolumeServiceServer,
+        block_service_server::BlockServiceServer, replica_service_server::ReplicaServiceServer,
+        replication_service_server::ReplicationServiceServer, volume_service_server::VolumeServiceServer,
     },
 };
 
 use crate::api::{BlockEngine, EngineError, VolumeKey};
 use block::BlockFrontend;
+use replica::ReplicaFrontend;
 use replication::ReplicationFrontend;
 use volume::VolumeFrontend;
 
@@ -41,8 +43,8 @@ const MESSAGE_OVERHEAD_BYTES: usize = 4096;
 struct Shared<E> {
     engine: E,
     metrics: Metrics,
-    /// `write_ack_seconds` of continuous mode.
-    ack_seconds: Histogram,
+    /// `write_ack_seconds` of continuous mode, and of delta mode.
+    ack_seconds: [Histogram; 2],
     /// Largest payload.
     message_bytes: usize,
     /// Streams end when it is cancelled.
@@ -67,7 +69,7 @@ pub async fn services<E: BlockEngine>(
     let shared = Shared {
         engine,
         metrics: metrics.clone(),
-        ack_seconds: metrics.write_ack_seconds.with_label_values(&["continuous"]),
+        ack_seconds: ["continuous", "delta"].map(|mode| metrics.write_ack_seconds.with_label_values(&[mode])),
         message_bytes: limits.message_bytes,
         shutdown: shutdown.clone(),
     };
@@ -90,6 +92,11 @@ pub async fn services<E: BlockEngine>(
     )
     .add_service(
         Volume::new(VolumeFrontend(shared.clone())).max_decoding_message_size(limit).max_encoding_message_size(limit),
+    )
+    .add_service(
+        ReplicaServiceServer::new(ReplicaFrontend(shared.clone()))
+            .max_decoding_message_size(limit)
+            .max_encoding_message_size(limit),
     )
     .add_service(
         Replication::new(ReplicationFrontend(shared)).max_decoding_message_size(limit).max_encoding_message_size(limit),

@@ -9,13 +9,16 @@
 use std::collections::VecDeque;
 
 use tokio::{sync::mpsc, time::Instant};
-use tokio_stream::{Stream, StreamExt};
+use tokio_stream::Stream;
 use tonic::{Status, Streaming};
-use understudy_proto::v1::{self, write_result::Outcome};
+use understudy_proto::{
+    together::next_together,
+    v1::{self, write_result::Outcome},
+};
 
 use super::{
     Shared,
-    block::{payload_bytes, range_bytes, write_request, write_response},
+    block::{range_bytes, write_request, write_response},
 };
 use crate::api::{BlockEngine, EngineError, WriteAck, WriteRequest};
 
@@ -53,45 +56,88 @@ pub(super) fn write_blocks<E: BlockEngine>(
     })
 }
 
-/// Reads and submits in order until the client, the answering side or the service ends.
+/// Reads and submits in order until the client, the answering side or the service ends. What has come together is
+/// submitted together.
 async fn submit_all<E: BlockEngine>(
     shared: Shared<E>,
     mut requests: Streaming<v1::WriteBlocksRequest>,
     queue: mpsc::Sender<Entry<E::Ticket>>,
 ) {
+    let weigh = |message: &v1::WriteBlocksRequest| message.write.as_ref().map_or(0, |write| write.data.len());
+    let mut parts = VecDeque::new();
+    let mut writes = VecDeque::new();
     loop {
-        let message = tokio::select! {
+        let messages = tokio::select! {
             biased;
-            () = shared.shutdown.cancelled() => Some(Err(EngineError::Draining.into())),
+            () = shared.shutdown.cancelled() => vec![Err(EngineError::Draining.into())],
             // Nobody would hear of the results.
             () = queue.closed() => return,
-            message = requests.next() => message,
+            messages = next_together(&mut requests, weigh) => match messages {
+                Some(messages) => messages,
+                None => return,
+            },
         };
-        let entry = match message {
-            None => return,
-            Some(Err(status)) => Entry::End(status),
-            Some(Ok(v1::WriteBlocksRequest { tag, write })) => {
-                let started = Instant::now();
-                let request = write
-                    .ok_or_else(|| EngineError::Invalid { field: "write", why: "is missing".into() })
-                    .and_then(|write| write_request(write, shared.message_bytes));
-                let bytes = request.as_ref().map_or(0, range_bytes);
-                let ticket = match request {
-                    Ok(request) => submit(&shared.engine, request).await,
-                    Err(error) => Err(error),
-                };
-                Entry::Write(Pending { tag, bytes, started, ticket })
+        let started = Instant::now();
+        for message in messages {
+            let part = match message {
+                Err(status) => Part::End(status),
+                Ok(v1::WriteBlocksRequest { tag, write }) => {
+                    let request = write
+                        .ok_or_else(|| EngineError::Invalid { field: "write", why: "is missing".into() })
+                        .and_then(|write| write_request(write, shared.message_bytes));
+                    match request {
+                        Ok(request) => {
+                            let bytes = range_bytes(&request);
+                            writes.push_back(request);
+                            Part::Write { tag, bytes }
+                        }
+                        Err(error) => Part::Refused { tag, error },
+                    }
+                }
+            };
+            parts.push_back(part);
+        }
+        while !parts.is_empty() {
+            let tickets = shared.engine.submit_now(&mut writes);
+            let mut tickets: VecDeque<Result<E::Ticket, EngineError>> = tickets.into_iter().map(Ok).collect();
+            if tickets.is_empty()
+                && let Some(write) = writes.pop_front()
+            {
+                tickets.push_back(submit(&shared.engine, write).await);
             }
-        };
-        let last = matches!(entry, Entry::End(_));
-        if queue.send(entry).await.is_err() || last {
-            return;
+            // Up to the first write that has not been submitted.
+            while let Some(part) = parts.pop_front() {
+                let entry = match part {
+                    Part::Write { tag, bytes } => match tickets.pop_front() {
+                        Some(ticket) => Entry::Write(Pending { tag, bytes, started, ticket }),
+                        None => {
+                            parts.push_front(Part::Write { tag, bytes });
+                            break;
+                        }
+                    },
+                    Part::Refused { tag, error } => {
+                        Entry::Write(Pending { tag, bytes: 0, started, ticket: Err(error) })
+                    }
+                    Part::End(status) => Entry::End(status),
+                };
+                let last = matches!(entry, Entry::End(_));
+                if queue.send(entry).await.is_err() || last {
+                    return;
+                }
+            }
         }
     }
 }
 
+/// A message, with its write put aside.
+enum Part {
+    Write { tag: u64, bytes: u64 },
+    Refused { tag: u64, error: EngineError },
+    End(Status),
+}
+
 async fn submit<E: BlockEngine>(engine: &E, request: WriteRequest) -> Result<E::Ticket, EngineError> {
-    let permit = engine.admit(payload_bytes(&request)).await?;
+    let permit = engine.admit(request.payload_bytes()).await?;
     engine.submit(permit, request).await
 }
 
@@ -157,7 +203,7 @@ impl<E: BlockEngine> Answers<E> {
     fn settle(&mut self, tag: u64, bytes: u64, started: Instant, outcome: Result<WriteAck, EngineError>) {
         let outcome = match outcome {
             Ok(ack) => {
-                self.shared.acknowledged(bytes, started);
+                self.shared.acknowledged(&ack, bytes, started);
                 Outcome::Written(write_response(&ack))
             }
             Err(error) => Outcome::Error(v1::WriteError { code: error.code().into(), message: error.to_string() }),

@@ -1,12 +1,13 @@
 //! The services over a real loopback socket, with an engine in memory.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashSet, VecDeque},
     net::SocketAddr,
     sync::Arc,
     task::Poll,
 };
 
+use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
@@ -14,6 +15,8 @@ use tonic::{Code, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use understudy_common::{
     config::{self, PrimaryConfig, Start},
+    delta::BlockSet,
+    policy::PolicyConfig,
     process::Failure,
     serve::{self, Protocol, ServeLimits},
     telemetry::Telemetry,
@@ -45,6 +48,7 @@ struct State {
     lsn: u64,
     order: Vec<u64>,
     sequences: HashSet<(String, u64)>,
+    policy: PolicyConfig,
 }
 
 pub(crate) struct Ticket {
@@ -84,9 +88,15 @@ impl Memory {
         })
     }
 
+    fn group(&self, name: &str) -> Result<(), EngineError> {
+        let state = self.0.state.lock();
+        let mut names = state.volumes.values().map(|(spec, _)| spec.group_name.as_str());
+        names.any(|group| group == name).then_some(()).ok_or_else(|| EngineError::NoGroup { group: name.into() })
+    }
+
     fn ack(&self, ticket: &Ticket) -> WriteAck {
         let position = Position { generation: 1, lsn: Lsn(ticket.lsn) };
-        WriteAck { position, both: false, duplicate: ticket.duplicate }
+        WriteAck { position, both: false, duplicate: ticket.duplicate, delta: false }
     }
 }
 
@@ -128,6 +138,21 @@ impl BlockEngine for Memory {
             Ok(())
         })?;
         Ok(Ticket { lsn, duplicate: false })
+    }
+
+    fn submit_now(&self, requests: &mut VecDeque<WriteRequest>) -> Vec<Ticket> {
+        let mut tickets = Vec::new();
+        // What is not aligned goes the longer way, and what is behind it waits for it.
+        while let Some(request) = requests.pop_front_if(|request| request.offset_bytes.is_multiple_of(4096)) {
+            match self.submit(0, request.clone()).now_or_never() {
+                Some(Ok(ticket)) => tickets.push(ticket),
+                _ => {
+                    requests.push_front(request);
+                    break;
+                }
+            }
+        }
+        tickets
     }
 
     async fn wait(&self, ticket: Ticket) -> Result<WriteAck, EngineError> {
@@ -222,9 +247,139 @@ impl BlockEngine for Memory {
         self.0.state.lock().volumes.values().map(|(info, _)| info.clone()).collect()
     }
 
-    fn pool(&self) -> PoolInfo {
-        let devices = vec![DeviceInfo { id: 0, path: "/d/pool".into(), size_bytes: 10, free_bytes: 4 }];
-        PoolInfo { segment_bytes: 65536, total_bytes: 10, free_bytes: 4, reserved_bytes: 1, devices }
+    fn pool(&self) -> v1::Pool {
+        let devices = vec![v1::PoolDevice { path: "/d/pool".into(), ..Default::default() }];
+        v1::Pool { segment_bytes: 65536, total_bytes: 10, free_bytes: 4, devices, ..Default::default() }
+    }
+
+    async fn add_device(&self, request: v1::AddDeviceRequest) -> Result<v1::PoolDevice, EngineError> {
+        Ok(v1::PoolDevice { path: request.path, size_bytes: request.size_bytes, ..Default::default() })
+    }
+
+    async fn drain_device(&self, request: v1::DrainDeviceRequest) -> Result<v1::PoolDevice, EngineError> {
+        Err(EngineError::Pool { code: tonic::Code::NotFound, why: request.path })
+    }
+
+    fn list_segments(&self, _: v1::ListSegmentsRequest) -> Result<v1::ListSegmentsResponse, EngineError> {
+        Ok(v1::ListSegmentsResponse::default())
+    }
+
+    async fn take_snapshot(&self, group: &str, name: &str) -> Result<v1::SnapshotInfo, EngineError> {
+        self.group(group)?;
+        Ok(v1::SnapshotInfo { id: 1, name: name.into(), group: group.into(), ..Default::default() })
+    }
+
+    async fn snapshots(&self, _: Option<&str>) -> Result<Vec<v1::SnapshotInfo>, EngineError> {
+        Ok(Vec::new())
+    }
+
+    fn snapshot_times(&self, _: &str) -> Result<Vec<(String, i64)>, EngineError> {
+        Ok(Vec::new())
+    }
+
+    async fn delete_snapshot(&self, group: &str, name: &str) -> Result<(), EngineError> {
+        Err(EngineError::NoSnapshot { group: group.into(), snapshot: name.into() })
+    }
+
+    async fn restore_snapshot(&self, group: &str, _: Option<&str>, name: &str) -> Result<Copy, EngineError> {
+        Err(EngineError::NoSnapshot { group: group.into(), snapshot: name.into() })
+    }
+
+    async fn clone_snapshot(
+        &self,
+        _: &VolumeKey,
+        name: &str,
+        _: String,
+        _: Option<String>,
+    ) -> Result<Copy, EngineError> {
+        Err(EngineError::NoSnapshot { group: "v".into(), snapshot: name.into() })
+    }
+
+    async fn changed_blocks(&self, _: &VolumeKey, _: &str, _: Option<&str>, _: u64) -> Result<Changed, EngineError> {
+        Ok(Changed { ranges: vec![(0, 4096)], next: None, volume_bytes: 8192 })
+    }
+
+    fn snapshot_spec(&self, volume: &VolumeKey, _: &str) -> Result<VolumeSpec, EngineError> {
+        self.volume(volume)
+    }
+
+    async fn read_snapshot(&self, volume: &VolumeKey, _: &str, at: u64, max: u64) -> Result<ReadPiece, EngineError> {
+        self.read_piece(volume, at, max).await
+    }
+
+    async fn start_delta(&self, group: &str) -> Result<v1::StartDeltaResponse, EngineError> {
+        self.group(group)?;
+        let why = "a run begins in delta mode only; SetMode forces it".into();
+        Err(EngineError::WrongPhase { group: group.into(), phase: "streaming", why })
+    }
+
+    async fn abort_delta(&self, group: &str) -> Result<v1::AbortRunResponse, EngineError> {
+        self.group(group)?;
+        Ok(v1::AbortRunResponse { group: group.into(), run: None })
+    }
+
+    async fn force_delta(&self, group: &str, forced: bool) -> Result<v1::SetModeResponse, EngineError> {
+        self.group(group)?;
+        let mode = if forced { v1::Mode::Delta } else { v1::Mode::Continuous };
+        Ok(v1::SetModeResponse { group: group.into(), mode: mode.into(), ..Default::default() })
+    }
+
+    fn policy(&self) -> PolicyInForce {
+        PolicyInForce { policy: self.0.state.lock().policy.clone(), configured: PolicyConfig::default() }
+    }
+
+    fn set_policy(&self, policy: PolicyConfig) {
+        self.0.state.lock().policy = policy;
+    }
+
+    fn explain(&self, group: Option<&str>, limit: usize) -> Result<Vec<v1::GroupExplanation>, EngineError> {
+        let decisions = vec![v1::Decision::default(); limit];
+        Ok(vec![v1::GroupExplanation { group: group.unwrap_or("all").into(), decisions, ..Default::default() }])
+    }
+
+    fn verify(&self, volume: Option<VolumeKey>, _: bool) -> Result<VerifyStream, EngineError> {
+        volume.map(|key| self.volume(&key)).transpose()?;
+        let (told, progress) = mpsc::channel(1);
+        told.try_send(Err(EngineError::NoBackup { link: "it is a test".into() })).unwrap();
+        Ok(ReceiverStream::new(progress))
+    }
+
+    async fn scrub(&self, volume: Option<VolumeKey>, start: bool) -> Result<v1::ScrubResponse, EngineError> {
+        let volume = volume.map(|key| self.volume(&key)).transpose()?;
+        let volume_id = volume.map_or(0, |spec| spec.id.0);
+        let primary = v1::ScrubStatus { running: start, volume_id, ..Default::default() };
+        Ok(v1::ScrubResponse { primary: Some(primary), ..Default::default() })
+    }
+
+    async fn refuse_primary(&self, request: v1::AttachRequest) -> tonic::Status {
+        tonic::Status::failed_precondition(format!("generation {} is over", request.generation))
+    }
+
+    async fn demote(&self, request: v1::DemoteRequest) -> Result<v1::DemoteResponse, EngineError> {
+        match request.drain {
+            true => Err(EngineError::Role { why: "not drained".into() }),
+            false => Ok(v1::DemoteResponse { generation: 4, ..Default::default() }),
+        }
+    }
+
+    fn resolve(&self) -> Result<v1::ResolveSplitBrainResponse, EngineError> {
+        Ok(v1::ResolveSplitBrainResponse { generation: 4 })
+    }
+
+    fn renew_lease(&self, generation: u64) -> Result<v1::RenewLeaseResponse, EngineError> {
+        if generation == 4 { Ok(v1::RenewLeaseResponse { remaining_ms: 5 }) } else { Err(EngineError::NoLease) }
+    }
+
+    fn unshipped(&self, volume: Option<&str>) -> Result<Vec<UnshippedVolume>, EngineError> {
+        let volumes = self.volumes().into_iter().filter(|spec| volume.is_none_or(|name| name == spec.name));
+        let mut blocks = BlockSet::new();
+        blocks.insert_range(1, 2);
+        Ok(volumes.map(|spec| UnshippedVolume { spec, blocks: blocks.clone() }).collect())
+    }
+
+    async fn read_unshipped(&self, spec: &VolumeSpec, first: u64, count: u64) -> Result<Bytes, EngineError> {
+        let bytes = u64::from(spec.block_size.bytes());
+        Ok(self.read(&VolumeKey::Id(spec.id), first * bytes, count * bytes).await?.0)
     }
 
     fn status(&self) -> v1::Status {
@@ -484,6 +639,70 @@ async fn volumes_groups_and_pool_are_listed() {
 }
 
 #[tokio::test]
+async fn the_policy_is_changed_as_a_whole_or_not_at_all() {
+    let served = serve(u64::MAX).await;
+    let mut client = ReplicationServiceClient::new(served.channel().await);
+    let request = |settings: &[(&str, &str)], validate_only| v1::SetPolicyRequest {
+        settings: settings.iter().map(|(name, text)| ((*name).into(), (*text).into())).collect(),
+        validate_only,
+    };
+    let before = client.get_policy(v1::GetPolicyRequest {}).await.unwrap().into_inner();
+    assert_eq!((before.settings["policy.fill_enter"].as_str(), before.changed.len()), ("0.9", 0));
+
+    let checked = client.set_policy(request(&[("fill_enter", "0.8")], true)).await.unwrap().into_inner();
+    assert_eq!(checked.changed, ["policy.fill_enter"]);
+    assert_eq!(client.get_policy(v1::GetPolicyRequest {}).await.unwrap().into_inner(), before);
+    let set = client.set_policy(request(&[("fill_enter", "0.8"), ("delta.schedule", "idle")], false)).await.unwrap();
+    assert_eq!(set.get_ref().changed, ["delta.schedule", "policy.fill_enter"]);
+    assert_eq!(client.get_policy(v1::GetPolicyRequest {}).await.unwrap().into_inner(), set.into_inner());
+
+    for (settings, parts) in [
+        (&[][..], &["is empty"][..]),
+        (
+            &[("fill_entre", "0.8"), ("dwell", "0"), ("fill_leave", "0.95")],
+            &["fill_entre", "policy.dwell", "fill_leave"],
+        ),
+        (&[("link.timeout", "1s")], &["read at start"]),
+    ] {
+        let status = client.set_policy(request(settings, false)).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(parts.iter().all(|part| status.message().contains(part)), "{status}");
+    }
+    assert_eq!(client.get_policy(v1::GetPolicyRequest {}).await.unwrap().into_inner().changed.len(), 2);
+}
+
+#[tokio::test]
+async fn modes_and_runs_are_asked_for_by_group() {
+    let served = serve(u64::MAX).await;
+    served.clients().await;
+    let mut client = ReplicationServiceClient::new(served.channel().await);
+    let mode = |group: &str, mode| v1::SetModeRequest { group: group.into(), mode };
+    let set = client.set_mode(mode("v", v1::Mode::Delta.into())).await.unwrap().into_inner();
+    assert_eq!((set.group.as_str(), set.mode()), ("v", v1::Mode::Delta));
+    assert_eq!(client.set_mode(mode("v", 0)).await.unwrap().into_inner().mode(), v1::Mode::Continuous);
+    for (request, code, part) in [
+        (mode("v", v1::Mode::Continuous.into()), Code::InvalidArgument, "cannot be forced"),
+        (mode("v", 9), Code::InvalidArgument, "is no mode"),
+        (mode("", 2), Code::InvalidArgument, "names no group"),
+        (mode("w", 2), Code::NotFound, "group w does not exist"),
+    ] {
+        let status = client.set_mode(request).await.unwrap_err();
+        assert_eq!(status.code(), code);
+        assert!(status.message().contains(part), "{status}");
+    }
+    let start = client.start_delta(v1::StartDeltaRequest { group: "v".into() }).await.unwrap_err();
+    assert_eq!(start.code(), Code::FailedPrecondition);
+    assert!(start.message().contains("group v is in phase streaming"), "{start}");
+    let abort = v1::AbortRunRequest { group: "v".into() };
+    assert_eq!(client.abort_delta(abort).await.unwrap().into_inner().group, "v");
+    for (group, limit, shown) in [("", 0, 20), ("v", 3, 3), ("v", 5000, 1000)] {
+        let request = v1::ExplainRequest { group: group.into(), limit };
+        let groups = client.explain(request).await.unwrap().into_inner().groups;
+        assert_eq!((groups.len(), groups[0].decisions.len()), (1, shown));
+    }
+}
+
+#[tokio::test]
 async fn health_follows_readiness() {
     let served = serve(u64::MAX).await;
     let mut client = HealthClient::new(served.channel().await);
@@ -528,4 +747,21 @@ async fn reflection_lists_our_services_and_health_in_both_versions() {
     let mut answers = client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
     let answer = answers.next().await.unwrap().unwrap().message_response.unwrap();
     assert!(matches!(answer, old::server_reflection_response::MessageResponse::FileDescriptorResponse(_)));
+}
+
+#[tokio::test]
+async fn changes_of_role_pass_through_and_another_primary_is_told() {
+    let served = serve(u64::MAX).await;
+    let mut client = ReplicationServiceClient::new(served.channel().await);
+    let drain = v1::DemoteRequest { drain: true, ..Default::default() };
+    assert_eq!(client.demote(drain).await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(client.demote(v1::DemoteRequest::default()).await.unwrap().into_inner().generation, 4);
+    assert_eq!(client.renew_lease(v1::RenewLeaseRequest { generation: 4 }).await.unwrap().into_inner().remaining_ms, 5);
+    let refused = client.renew_lease(v1::RenewLeaseRequest { generation: 3 }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let mut replica = v1::replica_service_client::ReplicaServiceClient::new(served.channel().await);
+    let attach = v1::AttachRequest { generation: 3, ..Default::default() };
+    let told = replica.attach(attach).await.unwrap_err();
+    assert_eq!((told.code(), told.message()), (Code::FailedPrecondition, "generation 3 is over"));
+    assert_eq!(replica.heartbeat(v1::HeartbeatRequest::default()).await.unwrap_err().code(), Code::FailedPrecondition);
 }

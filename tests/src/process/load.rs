@@ -378,6 +378,8 @@ fn transient(status: &Status) -> Result<()> {
         | Code::Unknown
         // How hyper reports a connection that was reset under a request.
         | Code::Internal => Ok(()),
+        // What it was is another node's by now.
+        Code::FailedPrecondition if status.message().contains("send the request to the primary") => Ok(()),
         _ => bail!("the primary refused a good request: {status:?}"),
     }
 }

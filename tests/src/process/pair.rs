@@ -14,7 +14,7 @@ use understudy_proto::v1::{
 };
 
 use super::{Node, PATIENCE, Role};
-use crate::proxy::Proxy;
+use understudy_common::proxy::Proxy;
 
 const STATUS_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -28,6 +28,7 @@ pub struct Pair {
     directory: TempDir,
     primary: Option<Node>,
     primary_args: Vec<String>,
+    backup_args: Vec<String>,
     backup: Option<Node>,
     /// The link from the primary to the backup.
     pub link: Proxy,
@@ -47,18 +48,35 @@ impl Pair {
     /// # Errors
     /// A side does not start.
     pub async fn start_with(primary_args: &[&str]) -> Result<Self> {
+        Self::start_both(primary_args, &[]).await
+    }
+
+    /// As [`Pair::start_with`], with more settings of the backup.
+    ///
+    /// # Errors
+    /// A side does not start.
+    pub async fn start_both(primary_args: &[&str], backup_args: &[&str]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
-        let backup = Node::start(Role::Backup, &directory.path().join("backup"), &BACKUP_ARGS).await?;
+        let backup_args: Vec<&str> = BACKUP_ARGS.iter().chain(backup_args).copied().collect();
+        let backup = Node::start(Role::Backup, &directory.path().join("backup"), &backup_args).await?;
         let link = Proxy::start(backup.replica.context("ready")?).await?;
         let mut pair = Self {
             directory,
             primary: None,
             primary_args: primary_args.iter().map(|&arg| arg.into()).collect(),
+            backup_args: backup_args.iter().map(|&arg| arg.into()).collect(),
             backup: Some(backup),
             link,
         };
         pair.restart(Role::Primary).await?;
         Ok(pair)
+    }
+
+    /// A pair of processes that were started otherwise; they cannot be restarted.
+    #[must_use]
+    pub fn of(directory: TempDir, primary: Node, backup: Node, link: Proxy) -> Self {
+        let (primary, backup) = (Some(primary), Some(backup));
+        Self { directory, primary, primary_args: Vec::new(), backup_args: Vec::new(), backup, link }
     }
 
     /// The data directory of a side.
@@ -95,7 +113,8 @@ impl Pair {
         let data_dir = self.data_dir(role);
         match role {
             Role::Backup => {
-                let node = Node::start(role, &data_dir, &BACKUP_ARGS).await?;
+                let args: Vec<&str> = self.backup_args.iter().map(String::as_str).collect();
+                let node = Node::start(role, &data_dir, &args).await?;
                 self.link.retarget(node.replica.context("ready")?);
                 self.backup = Some(node);
             }
@@ -132,15 +151,33 @@ impl Pair {
     ///
     /// # Errors
     /// The primary refuses.
-    pub async fn create_volume(&self, name: &str, blocks: u64, ack: v1::AckRule) -> Result<()> {
+    pub async fn create_volume(&self, name: &str, blocks: u64, ack: v1::AckRule, away: v1::AwayRule) -> Result<()> {
         let request = v1::CreateVolumeRequest {
             name: name.to_owned(),
             size_bytes: blocks * 4096,
             ack: ack.into(),
+            away: away.into(),
             ..Default::default()
         };
         VolumeServiceClient::new(self.node(Role::Primary)?.channel()?).create_volume(request).await?;
         Ok(())
+    }
+
+    /// Polls the primary's status until its link is attached, or is not.
+    ///
+    /// # Errors
+    /// Not within [`PATIENCE`].
+    pub async fn wait_attached(&self, attached: bool) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut client = ReplicationServiceClient::new(self.node(Role::Primary)?.channel()?);
+        loop {
+            let link = client.get_status(v1::GetStatusRequest {}).await?.into_inner().link.unwrap_or_default();
+            if (link.state == "attached") == attached {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the link is still {} after {PATIENCE:?}", link.state);
+            tokio::time::sleep(STATUS_INTERVAL).await;
+        }
     }
 
     /// Polls the primary's status until nothing that it acknowledged is missing on the backup.
@@ -171,32 +208,40 @@ impl Pair {
     /// # Errors
     /// The side refuses, or its answer has a gap.
     pub async fn read_image(&self, role: Role, volume: &str) -> Result<Vec<u8>> {
-        let channel = self.node(role)?.channel()?;
-        match role {
-            Role::Primary => {
-                let request = v1::ReadBlocksRequest { volume: volume.to_owned(), ..Default::default() };
-                collect(BlockServiceClient::new(channel).read_blocks(request).await?.into_inner(), |chunk| {
-                    let content = match chunk.content {
-                        Some(v1::read_blocks_response::Content::Data(data)) => Chunk::Data(data),
-                        Some(v1::read_blocks_response::Content::ZeroBytes(count)) => Chunk::Zeros(count),
-                        None => Chunk::Zeros(0),
-                    };
-                    (chunk.offset_bytes, content)
-                })
-                .await
-            }
-            Role::Backup => {
-                let request = v1::ReadImageRequest { volume: volume.to_owned(), ..Default::default() };
-                collect(BackupServiceClient::new(channel).read_blocks(request).await?.into_inner(), |chunk| {
-                    let content = match chunk.content {
-                        Some(v1::read_image_response::Content::Data(data)) => Chunk::Data(data),
-                        Some(v1::read_image_response::Content::ZeroBytes(count)) => Chunk::Zeros(count),
-                        None => Chunk::Zeros(0),
-                    };
-                    (chunk.offset_bytes, content)
-                })
-                .await
-            }
+        image_of(self.node(role)?, role, volume).await
+    }
+}
+
+/// The whole volume as a node serves it in its role.
+///
+/// # Errors
+/// It refuses, or its answer has a gap.
+pub async fn image_of(node: &Node, role: Role, volume: &str) -> Result<Vec<u8>> {
+    let channel = node.channel()?;
+    match role {
+        Role::Primary => {
+            let request = v1::ReadBlocksRequest { volume: volume.to_owned(), ..Default::default() };
+            collect(BlockServiceClient::new(channel).read_blocks(request).await?.into_inner(), |chunk| {
+                let content = match chunk.content {
+                    Some(v1::read_blocks_response::Content::Data(data)) => Chunk::Data(data),
+                    Some(v1::read_blocks_response::Content::ZeroBytes(count)) => Chunk::Zeros(count),
+                    None => Chunk::Zeros(0),
+                };
+                (chunk.offset_bytes, content)
+            })
+            .await
+        }
+        Role::Backup => {
+            let request = v1::ReadImageRequest { volume: volume.to_owned(), ..Default::default() };
+            collect(BackupServiceClient::new(channel).read_blocks(request).await?.into_inner(), |chunk| {
+                let content = match chunk.content {
+                    Some(v1::read_image_response::Content::Data(data)) => Chunk::Data(data),
+                    Some(v1::read_image_response::Content::ZeroBytes(count)) => Chunk::Zeros(count),
+                    None => Chunk::Zeros(0),
+                };
+                (chunk.offset_bytes, content)
+            })
+            .await
         }
     }
 }

@@ -9,12 +9,12 @@ use rand::{
 };
 use understudy_common::{
     record::{ClientSequence, Control, block_crcs},
-    store::{Change, ReadFailure, Store, SubmitError},
-    types::{AckRule, AwayRule, BlockSize, GroupId, Lsn, VolumeId, VolumeSpec},
+    store::{Change, ReadFailure, Store, SubmitError, Submitted},
+    types::{AckRule, AwayRule, BlockSize, GroupId, VolumeId, VolumeSpec},
 };
 
 use super::{
-    BLOCK, BLOCKS_PER_SEGMENT, Outcome, SEGMENT, World, broken,
+    BLOCK, BLOCKS_PER_SEGMENT, Outcome, SEGMENT, World, broken, delta,
     model::{Event, Stamp, What},
 };
 
@@ -44,7 +44,7 @@ impl World {
         };
         let zero = !large && self.rng.random_bool(0.1);
         let client = self.rng.random_bool(0.6).then(|| {
-            let client = if self.rng.random() { "c0" } else { "c1" };
+            let client = ["c0", "c1", "c2", "c3"][self.rng.random_range(0..if self.faults.lanes { 4 } else { 2 })];
             ClientSequence { client: client.into(), sequence: self.model.next_sequence(client) }
         });
         let stamp = if zero { Stamp(0) } else { self.model.next_stamp() };
@@ -77,24 +77,37 @@ impl World {
                 Err(broken(format!("the fresh sequence {client:?} was taken for a duplicate")))
             }
             Ok(submitted) => {
+                super::trace!(self, "write {} of {}/{first}+{count} as {stamp:?}", submitted.lsn, spec.id);
                 let what = What::Write { first, count, stamp };
-                self.remember(submitted.lsn, spec, what, spec.ack, client);
+                self.remember(&submitted, spec, what, spec.ack, client);
                 Ok(true)
             }
             Err(error) => self.refused(&store, &error).map(|()| false),
         }
     }
 
-    fn remember(&mut self, lsn: Lsn, spec: &VolumeSpec, what: What, rule: AckRule, client: Option<ClientSequence>) {
+    fn remember(
+        &mut self,
+        submitted: &Submitted,
+        spec: &VolumeSpec,
+        what: What,
+        rule: AckRule,
+        client: Option<ClientSequence>,
+    ) {
+        let (lsn, lane) = (submitted.lsn, submitted.lane.expect("it is fresh"));
         let (group, volume, boot) = (spec.group, spec.id, self.model.boot);
-        self.model.history.push(Event { lsn, group, volume, what, rule, client, acked: None, boot });
+        self.model.history.push(Event { lsn, group, lane, volume, what, rule, client, acked: None, boot });
     }
 
     /// What may be refused, and what the service would ask of the background then.
-    fn refused(&mut self, store: &Store, error: &SubmitError) -> Outcome {
+    pub(super) fn refused(&mut self, store: &Store, error: &SubmitError) -> Outcome {
         match error {
             SubmitError::StagingFull { .. } | SubmitError::Space(_) => {
                 store.request_checkpoint();
+                Ok(())
+            }
+            SubmitError::LaneFull { .. } => {
+                self.summary.count("full lanes", 1);
                 Ok(())
             }
             SubmitError::Failed(_) => Ok(()),
@@ -185,8 +198,14 @@ impl World {
         let durable = store.marks().borrow().durable;
         for event in self.model.history.iter().filter(|e| (first..first + 4).any(|b| e.touches(spec.id, b).is_some())) {
             let waits_here = event.lsn <= durable || read.seen >= event.lsn;
-            let on_backup = store.retained_of(event.group).holds(event.lsn);
-            if !waits_here || event.rule == AckRule::Both && !on_backup && read.seen_both < event.lsn {
+            // Degraded, it was acknowledged here.
+            let held = store.retained().holds(event.group, Some(event.lane), event.lsn);
+            let on_backup = held || store.is_delta(event.group);
+            let waits = read.seen_both >= event.lsn && read.seen_lane.is_none_or(|lane| lane == event.lane);
+            // What was written over is on the backup before what the read saw.
+            let over = |b| self.model.history.iter().any(|e| e.lsn > event.lsn && e.touches(spec.id, b).is_some());
+            let seen = (first..first + 4).any(|b| event.touches(spec.id, b).is_some() && !over(b));
+            if !waits_here || event.rule == AckRule::Both && !on_backup && seen && !waits {
                 return Err(broken(format!("a read saw write {} and does not wait for it", event.lsn)));
             }
         }
@@ -230,7 +249,12 @@ impl World {
             ack: *[AckRule::Staged, AckRule::Both, AckRule::Primary].choose(&mut self.rng).expect("three"),
             away: AwayRule::Degrade,
         };
-        self.control(&spec, Control::CreateVolume { spec: spec.clone() }, What::Create(spec.clone()), "volumes created")
+        self.control(
+            &spec,
+            Control::CreateVolume { spec: spec.clone(), fill: None },
+            What::Create(spec.clone()),
+            "volumes created",
+        )
     }
 
     fn control(&mut self, spec: &VolumeSpec, control: Control, what: What, counted: &'static str) -> Outcome {
@@ -238,7 +262,8 @@ impl World {
         match store.submit_control(spec.group, control, self.time) {
             Ok(submitted) => {
                 self.summary.count(counted, 1);
-                self.remember(submitted.lsn, spec, what, AckRule::Staged, None);
+                super::trace!(self, "record {} of group {}: {what:?}", submitted.lsn, spec.group);
+                self.remember(&submitted, spec, what, AckRule::Staged, None);
                 Ok(())
             }
             Err(error) => self.refused(&store, &error),
@@ -254,17 +279,24 @@ impl World {
         if marks.failed {
             return Ok(());
         }
-        let retained = store.retained();
         let boot = self.model.boot;
+        // A disk that was put in and that the primary has not met need not hold what the one before had acknowledged.
+        let met = self.delta.as_ref().is_none_or(delta::Delta::is_bound);
         let (mut local, mut both, mut placed) = (0, 0, 0);
         for event in self.model.history.iter_mut().rev().take(256) {
             if event.acked.is_some() || event.lsn > marks.durable {
                 continue;
             }
-            let on_backup = retained.group(event.group).acked >= event.lsn;
+            let on_backup = met && store.is_on_backup(event.group, Some(event.lane), event.lsn);
             match event.rule {
                 AckRule::Staged => local += 1,
                 AckRule::Both if on_backup => both += 1,
+                // Degraded.
+                AckRule::Both
+                    if store.with_state(|s| s.groups.get(&event.group).is_some_and(|g| !g.mode.is_continuous())) =>
+                {
+                    local += 1;
+                }
                 // Who asked before a crash has got no answer.
                 AckRule::Primary if event.boot == boot && marks.placed >= event.lsn => placed += 1,
                 _ => continue,

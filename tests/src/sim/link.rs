@@ -1,15 +1,23 @@
 //! The network between the sender and the receiver, and both ends of a session.
 
-use std::{collections::VecDeque, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::atomic::Ordering,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use rand::Rng;
 use understudy_backup::receiver::{FrameRefusal, Hello, PROTOCOL};
-use understudy_common::types::Uid;
-use understudy_primary::sender::{Sender, Welcome};
+use understudy_common::{
+    lives::Lives,
+    store::{ModeError, SubmitError},
+    types::Uid,
+};
+use understudy_primary::sender::{SendError, Sender, Welcome};
 use understudy_proto::{convert, v1};
 
-use super::{Outcome, SEGMENT, World, broken};
+use super::{Outcome, SEGMENT, World, broken, trace};
 
 /// Frames and answers of one connection.
 pub(super) struct Wire {
@@ -66,11 +74,20 @@ impl World {
             protocol: PROTOCOL,
             segment_bytes: SEGMENT,
             durable: self.primary.store().marks().borrow().durable,
+            groups: Some(self.primary.store().shipped_groups()),
+            history: self.primary.store().history(),
+            lives: Lives::default(),
         };
         let session = Uid(self.rng.random());
         match self.receiver.as_mut().expect("the backup is up").attach(&hello, session) {
             Ok((positions, drained)) => {
-                self.attaching = Some((Welcome { session, positions }, drained));
+                let instance = self.backup.store().identity().instance;
+                let unfinished = self.backup.store().with_state(|state| {
+                    let groups = state.groups.values().filter(|g| g.run.is_some() || !g.consistent);
+                    groups.map(|g| g.id).collect()
+                });
+                self.attaching =
+                    Some((Welcome { session, instance, positions, unfinished, diverged: BTreeMap::new() }, drained));
                 Ok(())
             }
             Err(error) => {
@@ -87,18 +104,38 @@ impl World {
         let durable = self.backup.store().marks().borrow().durable;
         let Some((welcome, _)) = self.attaching.take_if(|(_, drained)| *drained <= durable) else { return Ok(()) };
         let sender = self.sender.as_mut().expect("the primary is up");
-        sender.on_attached(&welcome).map_err(|e| broken(format!("attach: {e}")))?;
+        let lost = sender.on_attached(&welcome, self.time);
+        let lost = match lost {
+            Ok(lost) => lost,
+            Err(SendError::Mode(ModeError::Submit(error)) | SendError::Submit(error)) => {
+                return self.attach_refused(&error);
+            }
+            Err(SendError::Gone { .. }) if self.delta.is_some() => return Ok(()),
+            Err(error) => return Err(broken(format!("attach: {error}"))),
+        };
         self.summary.count("sessions", 1);
         let (frames, answers) = (VecDeque::new(), VecDeque::new());
         self.wires.push(Wire { session: welcome.session, frames, answers, answered: 0, old: false, lossy: false });
-        Ok(())
+        self.delta_attached(welcome.session, &lost)
+    }
+
+    /// The store has failed, or must make room before it can note what it found.
+    fn attach_refused(&mut self, error: &SubmitError) -> Outcome {
+        match error {
+            SubmitError::Failed(_) => Ok(()),
+            SubmitError::StagingFull { .. } => {
+                self.primary.store().request_checkpoint();
+                Ok(())
+            }
+            error => Err(broken(format!("attach: {error}"))),
+        }
     }
 
     fn send(&mut self) -> Outcome {
         let spilled = |world: &Self| world.primary.store().stats().spilled.load(Ordering::Relaxed);
-        let before = spilled(self);
+        let (before, now) = (spilled(self), Duration::from_millis(self.time.unsigned_abs()));
         let sender = self.sender.as_mut().expect("the primary is up");
-        let frames = sender.poll(Duration::ZERO, 4096).map_err(|e| broken(format!("the sender cannot go on: {e}")))?;
+        let frames = sender.poll(now, 4096).map_err(|e| broken(format!("the sender cannot go on: {e}")))?;
         if let Some(wire) = self.wires.iter_mut().find(|w| !w.old) {
             wire.frames.extend(frames);
         }
@@ -118,7 +155,18 @@ impl World {
         let receiver = self.receiver.as_mut().expect("the backup is up");
         let (session, ship) = (Uid::from_slice(&frame.session).expect("16 bytes"), frame.ship);
         let record = convert::record_from_wire(frame.clone()).map_err(|e| broken(e.to_string()))?;
-        match receiver.on_record(session, ship, &record) {
+        let newest = self.backup.store().with_state(|state| state.groups.get(&record.group).map(|g| g.position));
+        let overtaken = newest.is_some_and(|newest| record.position < newest);
+        let result = receiver.on_record(session, ship, &record);
+        trace!(
+            self,
+            "backup takes frame {ship}: record {} of group {}, lane {}: {result:?}",
+            record.position.lsn,
+            record.group,
+            record.lane
+        );
+        self.summary.count("records that were overtaken", u64::from(overtaken && result.is_ok()));
+        match result {
             Ok(()) => Ok(()),
             Err(FrameRefusal::Busy(_)) => {
                 self.summary.count("busy answers", 1);
@@ -169,6 +217,7 @@ impl World {
         if self.rng.random_bool(0.7)
             && let Some(ack) = wire.answers.pop_front()
         {
+            trace!(self, "primary hears {}", ack.ship);
             let sender = self.sender.as_mut().expect("the primary is up");
             sender.on_ack(&ack).map_err(|error| broken(format!("an answer was refused: {error}")))?;
         }
@@ -181,6 +230,7 @@ impl World {
         if let Some(sender) = &mut self.sender {
             sender.on_detached();
         }
+        self.delta_detached();
         for wire in &mut self.wires {
             wire.old = true;
             wire.answers.clear();

@@ -8,16 +8,20 @@
 //! - P1: an acknowledged write is there after any recovery (I1, I2), and on both sides if it was acknowledged as both.
 //! - P4: the image of each group on the backup is one the primary once had, at the position the backup names (I3).
 //! - P5: when faults end, both images are equal to the history (I5).
+//! - P6: the image is made of a prefix of each lane, and no lane has overtaken what it must not.
 //! - P10: a read sees every acknowledged write, and nothing that is not in the history (I10).
 //! - P11: a repeated client sequence has no second effect (I12).
 //! - After a failed sync a node refuses work (I14). Damage in the middle of a journal is refused (I15).
 //! - The image of the last checkpoint stays readable until the next one: nothing that it refers to is reused.
 
 mod clients;
+pub(crate) mod delta;
 mod link;
 mod model;
 mod node;
 mod oracle;
+mod roles;
+mod snapshots;
 
 use std::{
     collections::BTreeMap,
@@ -38,9 +42,12 @@ use understudy_common::{
 };
 use understudy_primary::sender::{Sender, Welcome};
 
+use delta::Delta;
+pub use delta::PATHS as DELTA_PATHS;
 use link::Wire;
 use model::Model;
 use node::{Node, Reopening};
+pub use roles::{PATHS as ROLE_PATHS, run as run_roles};
 
 /// Block size of the simulated volumes.
 const BLOCK: usize = 512;
@@ -76,6 +83,8 @@ struct Faults {
     large_writes: bool,
     catalogue: bool,
     readers: bool,
+    lanes: bool,
+    snapshots: bool,
 }
 
 /// How often something happened in a run, or in many.
@@ -95,6 +104,8 @@ pub const PATHS: &[&str] = &[
     "sessions",
     "spilled records",
     "refused groups",
+    "records that were overtaken",
+    "full lanes",
     "busy answers",
     "lost frames noticed",
     "late frames",
@@ -109,6 +120,9 @@ pub const PATHS: &[&str] = &[
     "reads held open",
     "damaged journals refused",
     "backups given space",
+    "snapshots taken on both sides",
+    "snapshots deleted",
+    "snapshots compared",
 ];
 
 /// How a run ended, for the test's summary and for comparing two runs of one seed.
@@ -122,7 +136,7 @@ pub struct Summary {
 
 impl Summary {
     fn count(&mut self, what: &'static str, n: u64) {
-        debug_assert!(PATHS.contains(&what), "{what}");
+        debug_assert!(PATHS.contains(&what) || DELTA_PATHS.contains(&what), "{what}");
         *self.counts.entry(what).or_default() += n;
     }
 }
@@ -138,19 +152,35 @@ struct World {
     /// An attach the backup has accepted and not answered: it drains first.
     attaching: Option<(Welcome, Lsn)>,
     link: bool,
+    /// Of a run with delta mode.
+    delta: Option<Delta>,
     model: Model,
     /// An image of a volume on the backup, and when it is to be compared.
     image: Option<(ImageReader, VolumeId, u32)>,
     now: u32,
     time: i64,
     summary: Summary,
+    /// Print what happens: `UNDERSTUDY_TRACE`.
+    trace: bool,
 }
 
-/// Runs one seed.
+/// Runs one seed in continuous mode.
 ///
 /// # Errors
 /// The first promise that was broken.
 pub fn run(seed: u64, steps: u32) -> Result<Summary, Violation> {
+    run_with(seed, steps, false)
+}
+
+/// Runs one seed with delta mode.
+///
+/// # Errors
+/// The first promise that was broken.
+pub fn run_delta(seed: u64, steps: u32) -> Result<Summary, Violation> {
+    run_with(seed, steps, true)
+}
+
+fn run_with(seed: u64, steps: u32, with_delta: bool) -> Result<Summary, Violation> {
     let mut rng = Pcg64Mcg::seed_from_u64(seed);
     let faults = Faults {
         primary_crashes: rng.random_bool(0.7),
@@ -163,9 +193,12 @@ pub fn run(seed: u64, steps: u32) -> Result<Summary, Violation> {
         large_writes: rng.random_bool(0.5),
         catalogue: rng.random_bool(0.5),
         readers: rng.random_bool(0.5),
+        lanes: rng.random_bool(0.5),
+        snapshots: rng.random_bool(0.5),
     };
     let primary = Node::new(Role::Primary, &mut rng, &faults);
     let backup = Node::new(Role::Backup, &mut rng, &faults);
+    let delta = with_delta.then(|| Delta::new(&mut rng));
     let mut world = World {
         rng,
         faults,
@@ -176,11 +209,13 @@ pub fn run(seed: u64, steps: u32) -> Result<Summary, Violation> {
         wires: Vec::new(),
         attaching: None,
         link: true,
+        delta,
         model: Model::default(),
         image: None,
         now: 0,
         time: 1,
         summary: Summary::default(),
+        trace: std::env::var_os("UNDERSTUDY_TRACE").is_some(),
     };
     world.start_primary()?;
     world.start_backup()?;
@@ -195,6 +230,14 @@ pub fn run(seed: u64, steps: u32) -> Result<Summary, Violation> {
     Ok(world.summary)
 }
 
+/// Prints what happens, if the environment asks for it.
+macro_rules! trace {
+    ($world:expr, $($arg:tt)*) => {
+        if $world.trace { println!("{:>4}: {}", $world.now, format_args!($($arg)*)); }
+    };
+}
+pub(crate) use trace;
+
 impl World {
     fn note(&mut self, what: u64) {
         self.summary.trace = (self.summary.trace ^ what).wrapping_mul(0x100_0000_01b3).rotate_left(5);
@@ -202,6 +245,16 @@ impl World {
 
     fn step(&mut self) -> Outcome {
         self.time += i64::from(self.rng.random_range(0..20u8));
+        if self.delta.is_some() && self.rng.random_bool(0.45) {
+            self.delta_step()?;
+            return self.acknowledge();
+        }
+        if self.faults.snapshots && self.rng.random_bool(0.02) {
+            return match self.rng.random_range(0..8) {
+                0 => self.check_snapshots(),
+                _ => self.change_snapshots(),
+            };
+        }
         let choice = self.rng.random_range(0..1000u32);
         self.note(u64::from(choice));
         match choice {
@@ -274,25 +327,55 @@ impl World {
         let torn = recovery.dropped_bytes > 0;
         self.summary.count("torn tails dropped", u64::from(torn));
         self.sender = Some(Sender::new(Arc::clone(self.primary.store()), 16 * 1024));
-        let next = self.primary.store().next_lsn();
+        // Opening may have added records of its own behind what it found.
+        let next = self.primary.store().marks().borrow().durable.next();
         self.note(next.0);
+        trace!(self, "primary starts at {next}");
         self.model.on_primary_started(next)?;
         self.check_primary_image()?;
+        self.delta_primary_started()?;
         Ok(torn)
     }
 
     fn start_backup(&mut self) -> Outcome {
         let recovery = self.backup.open(&mut self.rng)?;
         self.summary.count("torn tails dropped", u64::from(recovery.dropped_bytes > 0));
+        self.backup_started()
+    }
+
+    fn backup_started(&mut self) -> Outcome {
         self.receiver = Some(Receiver::new(Arc::clone(self.backup.store())));
         self.note(self.backup.store().next_lsn().0);
-        self.check_backup_image()
+        self.check_backup_image()?;
+        self.delta_backup_started()
+    }
+
+    /// The backup's process is gone; what it had under way is not undone.
+    fn stop_backup(&mut self, power: bool) {
+        trace!(self, "backup stops, power {power}");
+        self.cut();
+        self.receiver = None;
+        self.image = None;
+        self.backup.crash_inside(&mut self.rng, power);
+    }
+
+    /// The power of the primary fails before anything that is under way gets further.
+    fn cut_power_of_primary(&mut self) -> Outcome {
+        self.summary.count("crashes", 1);
+        trace!(self, "power cut of the primary");
+        self.cut();
+        self.sender = None;
+        self.primary.crash(&mut self.rng, true);
+        self.start_primary()?;
+        self.link = true;
+        Ok(())
     }
 
     /// `power`: whether what was not synced is lost; by the seed if `None`.
     fn crash_primary(&mut self, power: Option<bool>) -> Outcome {
         let power = power.unwrap_or(self.faults.power_loss);
         self.summary.count("crashes", 1);
+        trace!(self, "primary crashes, power {power}");
         self.cut();
         self.sender = None;
         self.primary.crash_inside(&mut self.rng, power);
@@ -314,10 +397,7 @@ impl World {
     fn crash_backup(&mut self, power: Option<bool>) -> Outcome {
         let power = power.unwrap_or(self.faults.power_loss);
         self.summary.count("crashes", 1);
-        self.cut();
-        self.receiver = None;
-        self.image = None;
-        self.backup.crash_inside(&mut self.rng, power);
+        self.stop_backup(power);
         self.backup.crash_in_recovery(&mut self.rng, power, &mut self.summary);
         self.start_backup()?;
         self.link = true;
@@ -341,33 +421,41 @@ impl World {
             while node.end_read(u32::MAX, &self.model)? {}
         }
         self.faults.late_frames = false;
+        if let Some(delta) = &mut self.delta {
+            delta.heal();
+        }
         self.cut();
         self.link = true;
         for round in 0..60_000 {
             if self.is_quiet() {
                 break;
             }
+            self.time += 5;
             if round % 1_500 == 1_499 {
                 self.give_space()?;
             }
             self.turn_primary()?;
             self.turn_backup()?;
             self.turn_link()?;
+            self.settle_delta()?;
         }
         self.acknowledge()?;
         if !self.is_quiet() {
             let (retained, space) = (self.primary.store().retained(), self.backup.store().space());
             let (sender, receiver) = (self.sender.as_ref(), self.receiver.as_ref());
             return Err(broken(format!(
-                "the pair does not come to rest: {retained:?}, held {:?}, in flight {:?}, refused {:?}, {space:?}, marks {:?} and {:?}",
+                "the pair does not come to rest: {retained:?}, held {:?}, in flight {:?}, refused {:?}, {space:?}, marks {:?} and {:?}, {}",
                 sender.map(Sender::held),
                 sender.map(Sender::in_flight),
                 receiver.map(Receiver::refused),
                 *self.primary.store().marks().borrow(),
                 *self.backup.store().marks().borrow(),
+                self.delta_note(),
             )));
         }
         self.check_at_rest()?;
+        self.check_delta_at_rest()?;
+        self.check_snapshots_at_rest()?;
         if self.rng.random_bool(0.3) {
             self.check_damaged_journal()?;
         }
@@ -391,18 +479,24 @@ impl World {
     }
 
     fn is_quiet(&self) -> bool {
-        self.primary.is_settled() && self.backup.is_settled() && self.primary.store().retained().oldest().is_none()
+        let retained = self.primary.store().retained().oldest().is_some();
+        self.primary.is_settled() && self.backup.is_settled() && !retained && self.is_delta_quiet()
     }
 }
 
-/// Runs `seeds` seeds from `first` on, on two threads; the first violation names its seed.
+/// Runs `seeds` seeds from `first` on, each by [`run`] or [`run_delta`], on two threads; the first violation names its seed.
 ///
 /// # Errors
 /// The lowest seed that broke a promise, and which.
 ///
 /// # Panics
 /// If a thread does.
-pub fn run_many(first: u64, seeds: u64, steps: u32) -> Result<Counts, (u64, Violation)> {
+pub fn run_many(
+    run: fn(u64, u32) -> Result<Summary, Violation>,
+    first: u64,
+    seeds: u64,
+    steps: u32,
+) -> Result<Counts, (u64, Violation)> {
     const THREADS: u64 = 2;
     let lowest = AtomicU64::new(u64::MAX);
     let part = |thread: u64| {

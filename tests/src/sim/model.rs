@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use understudy_common::{
     record::ClientSequence,
+    state::LanePlaces,
     types::{AckRule, GroupId, Lsn, VolumeId, VolumeSpec},
 };
 
@@ -52,6 +53,7 @@ pub(super) enum What {
 pub(super) struct Event {
     pub lsn: Lsn,
     pub group: GroupId,
+    pub lane: u8,
     pub volume: VolumeId,
     pub what: What,
     pub rule: AckRule,
@@ -63,6 +65,11 @@ pub(super) struct Event {
 }
 
 impl Event {
+    /// True if who holds every lane up to there holds this.
+    pub fn is_in(&self, lanes: &LanePlaces) -> bool {
+        self.lsn <= lanes.of(self.lane).lsn
+    }
+
     pub fn touches(&self, volume: VolumeId, block: u64) -> Option<Stamp> {
         match &self.what {
             What::Write { first, count, stamp }
@@ -97,8 +104,13 @@ impl Model {
 
     /// The volumes that exist at `position`.
     pub fn volumes(&self, position: Lsn) -> BTreeMap<VolumeId, VolumeSpec> {
+        self.volumes_where(|e| e.lsn <= position)
+    }
+
+    /// The volumes that a part of the records makes.
+    pub fn volumes_where(&self, holds: impl Fn(&Event) -> bool) -> BTreeMap<VolumeId, VolumeSpec> {
         let mut volumes = BTreeMap::new();
-        for event in self.history.iter().filter(|e| e.lsn <= position) {
+        for event in self.history.iter().filter(|e| holds(e)) {
             match &event.what {
                 What::Create(spec) => {
                     volumes.insert(event.volume, spec.clone());
@@ -129,8 +141,17 @@ impl Model {
 
     /// The blocks of a volume at `position`; `None` if it does not exist there.
     pub fn image(&self, volume: VolumeId, position: Lsn) -> Option<Vec<Stamp>> {
+        self.image_where(volume, |e| e.lsn <= position)
+    }
+
+    /// The same of who holds every lane of the volume's group up to there.
+    pub fn image_of(&self, volume: VolumeId, lanes: &LanePlaces) -> Option<Vec<Stamp>> {
+        self.image_where(volume, |e| e.is_in(lanes))
+    }
+
+    fn image_where(&self, volume: VolumeId, holds: impl Fn(&Event) -> bool) -> Option<Vec<Stamp>> {
         let mut image = None;
-        for event in self.history.iter().filter(|e| e.volume == volume && e.lsn <= position) {
+        for event in self.history.iter().filter(|e| e.volume == volume && holds(e)) {
             match &event.what {
                 What::Create(spec) => image = Some(vec![Stamp(0); size(spec.block_count())]),
                 What::Grow { blocks } => image.as_mut()?.resize(size(*blocks), Stamp(0)),
@@ -141,6 +162,38 @@ impl Model {
             }
         }
         image
+    }
+
+    /// P6: of a group of which every lane is held up to there, nothing held has overtaken a write to the same block or a
+    /// record of the catalogue that is not, nor has one of the catalogue overtaken anything.
+    pub fn check_order(&self, group: GroupId, lanes: &LanePlaces) -> Outcome {
+        let mut missing = BTreeMap::new();
+        let (mut any, mut control) = (None, None);
+        for event in self.history.iter().filter(|e| e.group == group) {
+            let touched = match &event.what {
+                What::Write { first, count, .. } => Some(*first..first + count),
+                What::Create(_) | What::Grow { .. } | What::Delete => None,
+            };
+            if !event.is_in(lanes) {
+                any = Some(event.lsn);
+                match touched {
+                    Some(blocks) => missing.extend(blocks.map(|block| ((event.volume, block), event.lsn))),
+                    None => control = Some(event.lsn),
+                }
+                continue;
+            }
+            let overtaken = match touched {
+                Some(mut blocks) => control.or_else(|| blocks.find_map(|b| missing.get(&(event.volume, b)).copied())),
+                None => any,
+            };
+            if let Some(overtaken) = overtaken {
+                return Err(broken(format!(
+                    "record {} of lane {} has overtaken {overtaken}, which it must not: the lanes are at {lanes:?}",
+                    event.lsn, event.lane
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The newest content of a block.

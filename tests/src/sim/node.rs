@@ -7,12 +7,13 @@ use rand_pcg::Pcg64Mcg;
 use understudy_common::{
     catalog::{Catalog, DEFAULT_CACHE_BYTES},
     journal::JournalConfig,
+    lane::Lanes,
     pool::{DeviceConfig, Piece, Pool, PoolConfig, PoolIo, ReadTicket},
     storage::{
         Storage,
         sim::{Fault, OpKind, SimStorage},
     },
-    store::{self, ApplyJob, BatchJob, CheckpointJob, Recovery, Role, Store, StoreConfig},
+    store::{self, ApplyJob, BatchJob, CheckpointJob, Levels, Recovery, Role, Store, StoreConfig},
     types::{Lsn, Uid, VolumeSpec},
 };
 
@@ -63,6 +64,23 @@ fn device_bytes(segments: u64) -> u64 {
     4096 + 1024 * 512 + segments * u64::from(SEGMENT)
 }
 
+/// Who writes where, and how fast it is sent, at random.
+fn lanes(rng: &mut Pcg64Mcg) -> Lanes {
+    let count = rng.random_range(2..=4);
+    let classes: Vec<String> = (0..count)
+        .map(|lane| {
+            let share = rng.random_range(5..=100);
+            if rng.random_bool(0.4) {
+                return format!("{lane}=immediate@{share}");
+            }
+            format!("{lane}={}/{}ms@{share}", rng.random_range(1..8), rng.random_range(1..300))
+        })
+        .collect();
+    let clients: Vec<String> = (0..4).map(|client| format!("c{client}={}", rng.random_range(0..count))).collect();
+    let default = rng.random_range(0..count).to_string();
+    Lanes::parse(&classes, &clients, Some(&default)).expect("all of them are there")
+}
+
 impl Node {
     pub fn new(role: Role, rng: &mut Pcg64Mcg, faults: &Faults) -> Self {
         let capacity = if rng.random() { 192 * 1024 } else { 512 * 1024 };
@@ -88,8 +106,11 @@ impl Node {
             tail_bytes: rng.random_range(1..64) * 1024,
             reference_bytes: if faults.large_writes { SEGMENT as usize } else { usize::MAX },
             apply_bytes: 8 * 1024,
+            drain_bytes_per_s: 0,
+            levels: Levels::default(),
             pending_bytes: 1 << 20,
             retain: role == Role::Primary,
+            lanes: if role == Role::Primary && faults.lanes { lanes(rng) } else { Lanes::default() },
         };
         Self {
             role,
@@ -200,6 +221,12 @@ impl Node {
             self.run_batch(rng);
             self.finish_batches();
         }
+        self.checkpoint_now();
+    }
+
+    /// Applies what is durable and makes a checkpoint, whatever else is under way.
+    pub fn checkpoint_now(&mut self) {
+        let store = Arc::clone(self.store());
         while let Some(mut job) = self.apply.take().or_else(|| store.take_apply()) {
             let result = job.run();
             store.finish_apply(job, result);
@@ -325,6 +352,10 @@ impl Node {
     }
 
     pub fn open(&mut self, rng: &mut Pcg64Mcg) -> Result<Recovery, Violation> {
+        // Other settings: what is journaled stays in its lane.
+        if self.config.lanes.count() > 1 && rng.random_bool(0.3) {
+            self.config.lanes = lanes(rng);
+        }
         let opened = self.open_disk(&self.disk, rng);
         let (store, recovery) = opened.map_err(|e| broken(format!("the {} does not open: {e}", self.role)))?;
         self.store = Some(store);

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use rand::Rng;
 use understudy_common::{
+    state::{LanePlaces, Place},
     store::{ReadFailure, Store},
-    types::{AckRule, GroupId, Lsn, Position, VolumeId},
+    types::{AckRule, GroupId, Lsn, Position, VolumeId, VolumeSpec},
 };
 
 use super::{
-    BLOCK, Outcome, World, broken,
+    BLOCK, Outcome, World, broken, delta,
     model::{Model, Stamp},
 };
 
@@ -22,7 +23,7 @@ fn compare(model: &Model, store: &Arc<Store>, volume: VolumeId, position: Lsn, w
     compare_bytes(&read.data, &image, &format!("{who}: volume {volume}"), position)
 }
 
-fn compare_bytes(bytes: &[u8], image: &[Stamp], what: &str, position: Lsn) -> Outcome {
+pub(super) fn compare_bytes(bytes: &[u8], image: &[Stamp], what: &str, position: Lsn) -> Outcome {
     for (block, (bytes, expected)) in bytes.chunks_exact(BLOCK).zip(image).enumerate() {
         let found = Stamp::of(bytes);
         if found != Some(*expected) {
@@ -32,6 +33,11 @@ fn compare_bytes(bytes: &[u8], image: &[Stamp], what: &str, position: Lsn) -> Ou
         }
     }
     Ok(())
+}
+
+/// Every lane is there.
+pub(super) fn everywhere(lsn: Lsn) -> LanePlaces {
+    LanePlaces::all(Place { position: Position { generation: 1, lsn }, time_unix_ms: 0 })
 }
 
 impl World {
@@ -49,33 +55,53 @@ impl World {
 
     /// P4: each group on the backup is the image at the position the backup names; P1 for `both`.
     pub(super) fn check_backup_image(&self) -> Outcome {
-        let store = self.backup.store();
-        let state = store.state();
+        self.check_replica(self.backup.store())
+    }
+
+    /// The same of any store that recovered from the backup's disk. What is read is what a reader gets: in a run, the
+    /// image of before it.
+    pub(super) fn check_replica(&self, store: &Arc<Store>) -> Outcome {
+        let volumes: Vec<VolumeSpec> = store.with_state(|state| state.volumes.values().cloned().collect());
         let mut groups: Vec<GroupId> = self.model.ever().map(|spec| spec.group).collect();
         groups.sort_unstable();
         groups.dedup();
         for group in groups {
-            let position = match state.groups.get(&group) {
-                Some(known) => known.position.lsn,
+            let view = delta::view(store, group);
+            let lanes = match &view {
+                Some(view) => view.lanes.clone(),
                 // Its last volume was deleted, or nothing of it has come yet.
-                None if group <= state.last_group => Lsn(u64::MAX),
-                None => Lsn::ZERO,
+                None if store.with_state(|state| state.is_gone(group)) => everywhere(Lsn::MAX),
+                None => LanePlaces::default(),
             };
-            let expected = self.model.volumes(position);
-            for spec in expected.values().filter(|spec| spec.group == group) {
-                if state.volumes.get(&spec.id) != Some(spec) {
-                    let found = state.volumes.get(&spec.id);
+            let position = view.as_ref().map_or(Lsn::ZERO, |view| view.position.lsn);
+            self.model.check_order(group, &lanes)?;
+            let mut expected = self.model.volumes_where(|e| e.group == group && e.is_in(&lanes));
+            if view.is_some_and(|view| !view.consistent) {
+                // It says so itself: it has no image of the group yet, and shows none.
+                expected.clear();
+            }
+            for spec in expected.values() {
+                let found = volumes.iter().find(|v| v.id == spec.id);
+                if found != Some(spec) {
                     return Err(broken(format!("the backup at {position} has {found:?}, not {spec:?}")));
                 }
-                compare(&self.model, store, spec.id, position, "the backup")?;
+                let image = self.model.image_of(spec.id, &lanes).expect("it is there at its position");
+                let Some(data) = delta::read(store, spec) else { continue };
+                let data =
+                    data.map_err(|error| broken(format!("the backup: volume {} cannot be read: {error}", spec.id)))?;
+                compare_bytes(&data, &image, &format!("the backup: volume {}", spec.id), position)?;
             }
-            if let Some(extra) = state.volumes.values().find(|v| v.group == group && !expected.contains_key(&v.id)) {
+            if let Some(extra) = volumes.iter().find(|v| v.group == group && !expected.contains_key(&v.id)) {
                 return Err(broken(format!("the backup at {position} still has volume {}", extra.id)));
             }
-            let lost = |e: &&super::model::Event| e.group == group && e.acked == Some(true) && e.lsn > position;
+            if !self.model.live().values().any(|spec| spec.group == group) {
+                // Deleted: nobody will ask for it, and a disk put in since need not have it.
+                continue;
+            }
+            let lost = |e: &&super::model::Event| e.group == group && e.acked == Some(true) && !e.is_in(&lanes);
             if let Some(lost) = self.model.history.iter().find(lost) {
                 return Err(broken(format!(
-                    "write {} was acknowledged as durable on both sides; the backup is at {position}",
+                    "write {} was acknowledged as durable on both sides; the backup is at {position}, {lanes:?}",
                     lost.lsn
                 )));
             }
@@ -110,7 +136,8 @@ impl World {
             return Ok(());
         }
         let Position { lsn, .. } = image.position();
-        let expected = self.model.image(volume, lsn).ok_or_else(|| broken("an image of what was never there"))?;
+        let expected =
+            self.model.image_of(volume, image.lanes()).ok_or_else(|| broken("an image of what was never there"))?;
         match image.read(0, image.spec().block_count()) {
             Ok(data) => {
                 compare_bytes(&data, &expected, &format!("an image of volume {volume} on the backup:"), lsn)?;

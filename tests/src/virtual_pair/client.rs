@@ -131,14 +131,17 @@ impl Writer {
         let mut model = self.model.lock();
         let (who, position) = (self.id, answer.position.unwrap_or_default());
         let both = answer.durability == i32::from(v1::Durability::Both);
+        let delta = answer.mode() == v1::Mode::Delta;
         model.note(format!(
-            "writer {who}: {} acked at {}.{}{}{}",
+            "writer {who}: {} acked at {}.{}{}{}{}",
             write.sequence,
             position.generation,
             position.lsn,
             if answer.duplicate { " again" } else { "" },
             if both { " both" } else { "" },
+            if delta { " in delta mode" } else { "" },
         ));
+        model.acked_in(write.range.volume, delta);
         if answer.duplicate && write.tries <= 1 {
             model.violate(format!("writer {who}: {write:?} was taken for a duplicate"));
         }
@@ -315,7 +318,7 @@ async fn reader(model: Shared, seed: u128) {
     while !model.lock().healed {
         sleep(Duration::from_millis(rng.random_range(50..400))).await;
         let volume = rng.random_range(0..VOLUMES.len());
-        match timeout(PATIENCE, backup_image(volume)).await {
+        match timeout(PATIENCE, backup_image(VOLUMES[volume])).await {
             Ok(Ok((position, data))) => {
                 let mut model = model.lock();
                 model.note(format!("image of {} at {position}", VOLUMES[volume]));
@@ -329,11 +332,11 @@ async fn reader(model: Shared, seed: u128) {
     }
 }
 
-async fn backup_image(volume: usize) -> Result<(Lsn, Vec<u8>), Status> {
+/// The position of the backup's image of a volume, and its bytes.
+pub(super) async fn backup_image(volume: &str) -> Result<(Lsn, Vec<u8>), Status> {
     use v1::read_image_response::Content;
     let mut client = BackupServiceClient::new(connect("backup").await.map_err(Status::unavailable)?);
-    let volume = VOLUMES[volume].to_owned();
-    let request = v1::ReadImageRequest { volume, chunk_bytes: 16 << 10, ..Default::default() };
+    let request = v1::ReadImageRequest { volume: volume.to_owned(), chunk_bytes: 16 << 10, ..Default::default() };
     let mut answers = client.read_blocks(request).await?.into_inner();
     let (mut position, mut data) = (Lsn::ZERO, Vec::new());
     while let Some(answer) = answers.message().await? {
@@ -347,10 +350,9 @@ async fn backup_image(volume: usize) -> Result<(Lsn, Vec<u8>), Status> {
     Ok((position, data))
 }
 
-async fn primary_image(volume: usize) -> Result<Vec<u8>, Status> {
+async fn primary_image(volume: &str) -> Result<Vec<u8>, Status> {
     let mut client = BlockServiceClient::new(connect("primary").await.map_err(Status::unavailable)?);
-    let volume = VOLUMES[volume].to_owned();
-    let request = v1::ReadBlocksRequest { volume, chunk_bytes: 16 << 10, ..Default::default() };
+    let request = v1::ReadBlocksRequest { volume: volume.to_owned(), chunk_bytes: 16 << 10, ..Default::default() };
     let mut answers = client.read_blocks(request).await?.into_inner();
     let mut data = Vec::new();
     while let Some(answer) = answers.message().await? {
@@ -405,10 +407,13 @@ async fn at_rest(model: &Shared) {
             let retained = status.staging.unwrap_or_default().retained_bytes;
             let behind = status.volumes.iter().filter_map(|v| v.position.as_ref()).any(|p| p.acked != p.next);
             let link = status.link.unwrap_or_default();
-            if retained == 0 && !behind && link.state == "attached" {
+            let delta = status.volumes.iter().find(|v| v.mode() != v1::Mode::Continuous);
+            if retained == 0 && !behind && delta.is_none() && link.state == "attached" {
                 return;
             }
-            model.lock().note(format!("{retained} bytes retained, link {} {}", link.state, link.reason));
+            let mode = delta.map(|v| format!(", {} in delta mode for {:?}, {:?}", v.name, v.cause, v.last_run));
+            let (state, reason, mode) = (link.state, link.reason, mode.unwrap_or_default());
+            model.lock().note(format!("{retained} bytes retained, link {state} {reason}{mode}"));
         }
         sleep(Duration::from_millis(200)).await;
     }
@@ -417,7 +422,7 @@ async fn at_rest(model: &Shared) {
 /// P5: when faults have ended both images are what the client wrote.
 async fn compare(model: &Shared) {
     for (volume, name) in VOLUMES.iter().enumerate() {
-        let images = (primary_image(volume).await, backup_image(volume).await);
+        let images = (primary_image(name).await, backup_image(name).await);
         let mut model = model.lock();
         let expected = model.expected_image(volume);
         match images {

@@ -15,18 +15,25 @@ use understudy_backup::{
     services::{Audience, services as backup_services},
 };
 use understudy_common::{
-    config::{LimitsConfig, LinkConfig},
+    config::{DeltaConfig, LimitsConfig, LinkConfig, ScrubConfig, Throttle},
+    events::EventLog,
     journal::JournalConfig,
+    lane::Lanes,
+    policy::PolicyConfig,
     pool::{DeviceConfig, PoolConfig},
+    scrub::Scrub,
     serve::{Accept, Protocol, ServeLimits, serve},
     storage::{Storage, sim::SimStorage},
-    store::{self, Recovery, Role, Store, StoreConfig, driver::run_tasks},
+    store::{self, Levels, Recovery, Role, Store, StoreConfig, driver::run_tasks},
     telemetry::{Metrics, Telemetry},
     types::{Lsn, Uid},
 };
-use understudy_primary::{api::BlockEngine as _, engine::Limits, services::services as primary_services};
+use understudy_primary::{
+    api::BlockEngine as _, engine::Limits, node::Replication, services::services as primary_services,
+};
 
 use super::model::{BLOCKS, Model, Range, SEGMENT, VOLUMES};
+use crate::sim::delta;
 
 /// Where both services listen.
 pub(super) const PORT: u16 = 7000;
@@ -41,12 +48,16 @@ pub(super) struct Machine {
     pub rng: Mutex<Pcg64Mcg>,
     /// Longest time of a step of a store, milliseconds.
     pub disk_millis: u64,
+    /// What moves groups of the primary between the modes.
+    pub policy: PolicyConfig,
+    /// Longest time of a call.
+    pub request_deadline: Duration,
     /// Ends the running software as SIGTERM would.
     pub shutdown: Mutex<CancellationToken>,
 }
 
 impl Machine {
-    pub fn new(role: Role, rng: &mut Pcg64Mcg, model: &Arc<Mutex<Model>>) -> Self {
+    pub fn new(role: Role, rng: &mut Pcg64Mcg, model: &Arc<Mutex<Model>>, policy: PolicyConfig) -> Self {
         let tight_journal = rng.random_bool(0.4);
         let config = StoreConfig {
             journal: JournalConfig {
@@ -55,21 +66,16 @@ impl Machine {
                 reserve_bytes: 48 * 1024,
                 max_batch_bytes: 32 * 1024,
             },
-            pool: PoolConfig {
-                segment_bytes: SEGMENT,
-                devices: vec![DeviceConfig {
-                    path: "device".into(),
-                    size_bytes: Some(4096 + 64 * (512 + u64::from(SEGMENT))),
-                    max_bytes: None,
-                }],
-                map_cache_bytes: 1 << 20,
-            },
+            pool: PoolConfig { segment_bytes: SEGMENT, devices: vec![device(56)], map_cache_bytes: 1 << 20 },
             checkpoint_bytes: 128 * 1024,
             tail_bytes: rng.random_range(1..64) * 1024,
             reference_bytes: SEGMENT as usize,
             apply_bytes: 16 * 1024,
+            drain_bytes_per_s: 0,
+            levels: Levels::default(),
             pending_bytes: 1 << 20,
             retain: role == Role::Primary,
+            lanes: Lanes::default(),
         };
         Self {
             role,
@@ -78,6 +84,8 @@ impl Machine {
             model: Arc::clone(model),
             rng: Mutex::new(Pcg64Mcg::new(rng.random())),
             disk_millis: if rng.random_bool(0.3) { 40 } else { 3 },
+            policy,
+            request_deadline: Duration::from_secs(2),
             shutdown: Mutex::default(),
         }
     }
@@ -127,6 +135,13 @@ impl Machine {
     }
 }
 
+/// A device of a fixed size.
+pub(super) fn device(segments: u64) -> DeviceConfig {
+    // In front of them is room for the descriptors of a thousand.
+    let size_bytes = Some(4096 + 1024 * 512 + segments * u64::from(SEGMENT));
+    DeviceConfig { path: "device".into(), size_bytes, max_bytes: None }
+}
+
 /// P1: everything acknowledged is there.
 fn check_primary(model: &mut Model, store: &Store) {
     let newest = model.newest_acked();
@@ -143,17 +158,16 @@ fn check_primary(model: &mut Model, store: &Store) {
     }
 }
 
-/// P4: each volume is the image at the position that its group names; P1 for what both had.
-fn check_backup(model: &mut Model, store: &Store) {
+/// P4: each volume, as a reader gets it, is the image at the position that its group names; P1 for what both had.
+fn check_backup(model: &mut Model, store: &Arc<Store>) {
     for (volume, name) in VOLUMES.iter().enumerate() {
-        let known = store.with_state(|state| {
-            let spec = state.volume_by_name(name)?;
-            Some((spec.id, state.groups.get(&spec.group).map_or(Lsn::ZERO, |g| g.position.lsn)))
-        });
-        model.check_both(volume, known.map_or(Lsn::ZERO, |(_, position)| position));
-        let Some((id, position)) = known else { continue };
-        match store.read(id, 0, BLOCKS as u64) {
-            Ok(read) => model.check_image("the backup after recovery", volume, position, &read.data),
+        let spec = store.with_state(|state| state.volume_by_name(name).cloned());
+        let known = spec.and_then(|spec| Some((delta::view(store, spec.group)?, spec)));
+        model.check_both(volume, known.as_ref().map_or(Lsn::ZERO, |(view, _)| view.position.lsn));
+        // Until a first run is committed there is no image, and the backup says so.
+        let Some((view, spec)) = known.filter(|(view, _)| view.consistent) else { continue };
+        match delta::read_applied(store, &spec) {
+            Ok(data) => model.check_image("the backup after recovery", volume, view.position.lsn, &data),
             Err(error) => model.violate(format!("the backup after recovery: {name}: {error}")),
         }
     }
@@ -186,23 +200,24 @@ pub(super) async fn connect(host: &'static str) -> Result<Channel, String> {
         .map_err(|error| format!("connecting to {host}: {error}"))
 }
 
-fn link() -> LinkConfig {
+pub(super) fn link() -> LinkConfig {
     LinkConfig {
         heartbeat: Duration::from_millis(200),
         timeout: Duration::from_millis(600),
         window_bytes: 64 << 10,
         reconnect_max: Duration::from_millis(500),
         ack_deadline: Duration::from_millis(1500),
+        throttle_bytes_per_s: None,
     }
 }
 
-fn limits() -> LimitsConfig {
+fn limits(request_deadline: Duration) -> LimitsConfig {
     LimitsConfig {
         message_bytes: 1 << 20,
         connections: 64,
         streams: 64,
         in_flight_bytes: 1 << 20,
-        request_deadline: Duration::from_secs(2),
+        request_deadline,
         queue_wait: Duration::from_millis(500),
     }
 }
@@ -217,31 +232,41 @@ fn serve_limits() -> ServeLimits {
     }
 }
 
+fn replication(policy: PolicyConfig) -> Replication {
+    let scrub = ScrubConfig { interval: Duration::ZERO, bytes_per_s: None };
+    let delta = DeltaConfig { throttle: Throttle::Adaptive };
+    Replication { link: link(), policy, delta, scrub, observations: None }
+}
+
 /// The primary, from recovery to its end.
 pub(super) async fn primary(machine: Arc<Machine>) -> turmoil::Result {
     let Some((store, recovery)) = machine.open() else { return Ok(()) };
     machine.drive(&store);
-    let config = limits();
+    let config = limits(machine.request_deadline);
     let engine_limits = Limits {
         message_bytes: config.message_bytes as u64,
         in_flight_bytes: config.in_flight_bytes,
         queue_wait: config.queue_wait,
-        deadline: config.request_deadline,
+        // As the service does: the answer has to reach the client before its call ends.
+        deadline: config.request_deadline - config.request_deadline / 8,
         inline_reads: true,
+        lease: None,
     };
     let metrics = Metrics::new(&Telemetry::new("primary"));
     let connect: understudy_primary::node::Connector = Box::new(|| Box::pin(connect("backup")));
     let node = understudy_primary::node::Node::start(
         store,
         engine_limits,
-        link(),
+        replication(machine.policy.clone()),
         Some(connect),
         "backup".into(),
         metrics.clone(),
+        EventLog::default(),
         recovery,
         Duration::ZERO,
         None,
     );
+    tokio::spawn(scrub_again(Arc::clone(&machine), node.scrub_of_store().clone(), Arc::clone(node.engine().store())));
     let shutdown = machine.new_shutdown();
     let services = primary_services(node.clone(), &config, &metrics, shutdown.clone()).await;
     services.health.set(true).await;
@@ -259,10 +284,10 @@ pub(super) async fn primary(machine: Arc<Machine>) -> turmoil::Result {
 pub(super) async fn backup(machine: Arc<Machine>) -> turmoil::Result {
     let Some((store, recovery)) = machine.open() else { return Ok(()) };
     machine.drive(&store);
-    let config = limits();
+    let config = limits(machine.request_deadline);
     let metrics = Metrics::new(&Telemetry::new("backup"));
     let ids = Arc::clone(&machine);
-    let seams = Seams { session_id: Box::new(move || ids.id()), inline_reads: true };
+    let seams = Seams { session_id: Box::new(move || ids.id()), inline_reads: true, ..Seams::default() };
     let node = understudy_backup::node::Node::with_seams(
         store,
         link(),
@@ -272,6 +297,7 @@ pub(super) async fn backup(machine: Arc<Machine>) -> turmoil::Result {
         None,
         seams,
     );
+    tokio::spawn(scrub_again(Arc::clone(&machine), node.scrub_of_store().clone(), Arc::clone(node.store())));
     let shutdown = machine.new_shutdown();
     let services = backup_services(node.clone(), Audience::All, &config, &metrics, shutdown.clone()).await;
     services.health.set(true).await;
@@ -283,6 +309,17 @@ pub(super) async fn backup(machine: Arc<Machine>) -> turmoil::Result {
     }
     closed(&machine, node.close().await.map_err(|error| error.to_string()));
     Ok(())
+}
+
+/// I11: nothing damages a block here, so no scrub finds one damaged, whatever is being written.
+async fn scrub_again(machine: Arc<Machine>, scrub: Scrub, store: Arc<Store>) {
+    while store.failure().is_none() {
+        scrub.ask(None);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        if let Some(damaged) = store.damaged().first().filter(|_| !machine.disk.has_crashed()) {
+            machine.model.lock().violate(format!("a scrub of the {} takes {damaged:?} for damaged", machine.role));
+        }
+    }
 }
 
 fn closed(machine: &Machine, result: Result<(), String>) {

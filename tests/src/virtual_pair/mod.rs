@@ -6,7 +6,8 @@
 //! deadlines, half-open connections, sessions, restarts, repeated calls.
 //!
 //! Faults: links that drop, drop one way, or hold messages back and deliver them late; hosts that lose their process or
-//! their power, disks that die in the middle of an operation or of a recovery, and orderly restarts.
+//! their power, disks that die in the middle of an operation or of a recovery, and orderly restarts. In half of the seeds
+//! every criterion of the mode policy may move groups; [`scenario`] has pairs in which only a script disturbs anything.
 //!
 //! The oracle checks P1 (an acknowledged write is there after each restart, and on the backup if it was acknowledged as
 //! both), P4 (the backup's image is one that the primary had at the position it names), P5 (when faults end the pair
@@ -16,6 +17,7 @@
 mod client;
 mod hosts;
 mod model;
+pub mod scenario;
 
 use std::{cell::Cell, panic, sync::Arc, sync::Once, time::Duration};
 
@@ -23,7 +25,10 @@ use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, seq::IndexedRandom};
 use rand_pcg::Pcg64Mcg;
 use turmoil::Sim;
-use understudy_common::store::Role;
+use understudy_common::{
+    policy::{Criteria, PolicyConfig, Ratio, Schedule},
+    store::Role,
+};
 
 use hosts::Machine;
 use model::Model;
@@ -46,6 +51,10 @@ pub struct Summary {
     pub cuts: u64,
     /// Restarts of either node.
     pub restarts: u64,
+    /// Writes acknowledged in delta mode.
+    pub acked_in_delta: u64,
+    /// Changes of a group's mode, either way, that its acknowledgements show.
+    pub mode_changes: u64,
     /// When the run ended.
     pub virtual_millis: u128,
     /// Hash of what clients saw, where, and when.
@@ -139,8 +148,9 @@ pub fn run(seed: u64, disturbed: Duration) -> Result<Summary, Violation> {
         .simulation_duration(disturbed + REST)
         .tcp_capacity(1024)
         .build();
-    let primary = Arc::new(Machine::new(Role::Primary, &mut rng, &model));
-    let backup = Arc::new(Machine::new(Role::Backup, &mut rng, &model));
+    let policy = policy(&mut rng);
+    let primary = Arc::new(Machine::new(Role::Primary, &mut rng, &model, policy.clone()));
+    let backup = Arc::new(Machine::new(Role::Backup, &mut rng, &model, policy));
     let machine = Arc::clone(&primary);
     sim.host("primary", move || hosts::primary(Arc::clone(&machine)));
     let machine = Arc::clone(&backup);
@@ -159,9 +169,40 @@ pub fn run(seed: u64, disturbed: Duration) -> Result<Summary, Violation> {
         images: model.images,
         cuts: controller.cuts,
         restarts: controller.restarts,
+        acked_in_delta: model.acked_in_delta,
+        mode_changes: model.mode_changes,
         virtual_millis,
         trace: model.trace(),
     })
+}
+
+/// In half of the runs every criterion moves groups, at levels that are reached all the time; in the others nothing but
+/// what a lost backup needs.
+fn policy(rng: &mut Pcg64Mcg) -> PolicyConfig {
+    let mut millis = |range| Duration::from_millis(rng.random_range(range));
+    let (ack_delay_max, dwell, interval, idle_for) =
+        (millis(500..1400), millis(100..600), millis(200..1500), millis(100..600));
+    let policy = PolicyConfig {
+        criteria: if rng.random() { Criteria::all() } else { Criteria::NONE },
+        weigh_interval: Duration::from_millis(50),
+        link_timeout: hosts::link().timeout,
+        link_settle: Duration::from_millis(100),
+        ack_delay_max,
+        ack_delay_leave: Duration::from_millis(450),
+        overflow_horizon: Duration::from_secs(1),
+        redundancy_ratio: Ratio::from_f64(1.5),
+        redundancy_floor_bytes: rng.random_range(1..32) << 10,
+        redundancy_min_interval: Duration::from_millis(300),
+        dwell,
+        dwell_max: Duration::from_secs(2),
+        schedule: *[Schedule::Periodic, Schedule::Idle, Schedule::Prompted].choose(rng).expect("three"),
+        interval,
+        idle_bytes_per_second: 64 << 10,
+        idle_for,
+        ..PolicyConfig::default()
+    };
+    assert_eq!(policy.validate(), [], "a policy that the service would refuse");
+    policy
 }
 
 impl Controller {
@@ -322,6 +363,9 @@ impl Controller {
             if let Some((_, how)) = wire.repaired_at.take() {
                 repair(sim, wire.ends, how);
             }
+        }
+        for host in &self.hosts {
+            host.machine.disk.cancel_crash();
         }
         let mut model = self.model.lock();
         model.healed = true;

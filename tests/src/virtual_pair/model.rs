@@ -54,6 +54,10 @@ pub(super) struct Model {
     /// Faults have ended: the writers finish what they have and stop.
     pub healed: bool,
     pub acked: u64,
+    pub acked_in_delta: u64,
+    pub mode_changes: u64,
+    /// Of each volume, whether its newest acknowledgement came in delta mode.
+    in_delta: [bool; VOLUMES.len()],
     pub retries: u64,
     pub images: u64,
 }
@@ -113,6 +117,9 @@ impl Model {
             now: Duration::ZERO,
             healed: false,
             acked: 0,
+            acked_in_delta: 0,
+            mode_changes: 0,
+            in_delta: [false; VOLUMES.len()],
             retries: 0,
             images: 0,
         }
@@ -164,6 +171,12 @@ impl Model {
             assert!(block.attempt.replace(stamp).is_none(), "a block has one writer");
         }
         stamp
+    }
+
+    /// An acknowledgement came in this mode.
+    pub fn acked_in(&mut self, volume: usize, delta: bool) {
+        self.acked_in_delta += u64::from(delta);
+        self.mode_changes += u64::from(std::mem::replace(&mut self.in_delta[volume], delta) != delta);
     }
 
     /// It was acknowledged.

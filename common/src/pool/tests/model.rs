@@ -140,11 +140,15 @@ struct World {
     captures: u64,
     retained: Vec<Retained>,
     readers: Vec<Reader>,
-    /// The devices at the last sync.
-    synced: Vec<Vec<u8>>,
+    /// The devices of the pool, by path, at the last sync.
+    synced: BTreeMap<String, Vec<u8>>,
+    next_device: u32,
     next: u32,
     next_volume: u64,
     pub crashes: u32,
+    /// Segments moved, and devices removed.
+    pub moved: u64,
+    pub removed: u32,
 }
 
 impl World {
@@ -161,7 +165,7 @@ impl World {
             map_cache_bytes: 2000,
         };
         let catalog = Catalog::open(&*storage, 1 << 20).unwrap();
-        let pool = Pool::create_with_zones(&*storage, &catalog, UID, &config, 8).unwrap();
+        let pool = Pool::create_with_zones(storage.clone(), &catalog, UID, &config, 8).unwrap();
         let mut world = Self {
             rng: Pcg64Mcg::seed_from_u64(seed),
             storage,
@@ -177,10 +181,13 @@ impl World {
             captures: 0,
             retained: Vec::new(),
             readers: Vec::new(),
-            synced: Vec::new(),
+            synced: BTreeMap::new(),
+            next_device: 2,
             next: 0,
             next_volume: 3,
             crashes: 0,
+            moved: 0,
+            removed: 0,
         };
         world.note_sync();
         // Sizes that end inside a segment.
@@ -195,7 +202,8 @@ impl World {
 
     fn note_sync(&mut self) {
         self.pool().io().sync_devices().unwrap();
-        self.synced = self.config.devices.iter().map(|d| self.storage.contents(&d.path)).collect();
+        let present = self.pool().devices().into_iter().filter(|d| d.standing != DeviceStanding::Removed);
+        self.synced = present.map(|d| (d.path.clone(), self.storage.contents(&d.path))).collect();
     }
 
     fn fresh(&mut self) -> u32 {
@@ -252,7 +260,11 @@ impl World {
     }
 
     fn step(&mut self) {
-        match self.rng.random_range(0..100) {
+        match self.rng.random_range(0..124) {
+            100..106 => self.add_device(),
+            106..110 => self.drain(),
+            110 => self.cancel_drain(),
+            111..124 => self.relocate(),
             0..40 => self.write(),
             40..48 => self.reference(),
             48..54 => {
@@ -382,6 +394,9 @@ impl World {
     fn finish_capture(&mut self) {
         let Some((capture, at, model)) = self.capture.take() else { return };
         self.note_sync();
+        if self.rng.random_bool(0.1) {
+            return self.crash();
+        }
         let catalog = self.catalog.clone().unwrap();
         catalog.write(|txn| capture.write_into(txn)).unwrap();
         self.log.drain(..at - self.trimmed);
@@ -393,6 +408,96 @@ impl World {
             return self.crash();
         }
         self.pool().checkpoint_done(capture.id());
+        for removed in self.pool().take_removed() {
+            self.removed += 1;
+            self.pool().on_wiped(removed.number);
+            if self.rng.random_bool(0.8) {
+                removed.wipe().unwrap();
+                assert!(self.storage.contents(&removed.path)[..4096].iter().all(|b| *b == 0));
+            }
+        }
+    }
+
+    // --- devices
+
+    fn add_device(&mut self) {
+        let sizes = |n: u64| 4096 + n.div_ceil(8) * 8 * 512 + n * u64::from(SEGMENT);
+        let standing = |d: &DeviceInfo| d.standing != DeviceStanding::Removed;
+        let present: Vec<_> = self.pool().devices().into_iter().filter(standing).collect();
+        if present.len() > 7 {
+            return;
+        }
+        // Now and then one that is there, or was there.
+        let path = if self.rng.random_bool(0.3) {
+            format!("pool/{}", self.rng.random_range(0..self.next_device))
+        } else {
+            self.next_device += 1;
+            format!("pool/{}", self.next_device - 1)
+        };
+        let grows = self.rng.random_bool(0.3);
+        let size_bytes = (!grows).then_some(sizes(self.rng.random_range(1..40)));
+        let config = DeviceConfig { path: path.clone(), size_bytes, max_bytes: grows.then_some(sizes(24)) };
+        let new = match self.pool().new_device(config) {
+            Ok(new) => new,
+            Err(MemberError::InUse { number, .. }) => {
+                return assert!(present.iter().any(|d| d.number == number && d.path == path));
+            }
+            Err(other) => panic!("{other}"),
+        };
+        assert!(!present.iter().any(|d| d.path == path));
+        let made = new.make().unwrap();
+        self.synced.insert(path.clone(), self.storage.contents(&path));
+        if self.rng.random_bool(0.1) {
+            return self.crash();
+        }
+        if self.rng.random_bool(0.1) {
+            return self.pool().abandon(new);
+        }
+        let number = self.pool().attach(new, made);
+        assert_eq!(self.pool().devices()[usize::from(number)].segments, 0, "not before a checkpoint names it");
+    }
+
+    fn drain(&mut self) {
+        let serving = |d: &DeviceInfo| d.standing == DeviceStanding::Serving;
+        let devices: Vec<_> = self.pool().devices().into_iter().filter(serving).collect();
+        let Some(device) = devices.choose(&mut self.rng) else { return };
+        match self.pool().drain(&device.path) {
+            Ok(number) => assert_eq!(number, device.number),
+            Err(MemberError::Last { .. }) => assert_eq!(devices.len(), 1),
+            Err(MemberError::NoRoom { needed_bytes, available_bytes, .. }) => assert!(needed_bytes > available_bytes),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    fn cancel_drain(&mut self) {
+        let draining = |d: &DeviceInfo| d.standing == DeviceStanding::Draining;
+        if let Some(device) = self.pool().devices().into_iter().find(draining) {
+            self.pool().cancel_drain(&device.path).unwrap();
+        }
+    }
+
+    fn relocate(&mut self) {
+        self.pool().tend_devices();
+        let most = self.rng.random_range(1..8);
+        // A walk comes by chunks with nothing to be moved.
+        let job = (0..12).find_map(|_| self.pool().plan_relocation(most).unwrap());
+        let Some(mut job) = job else { return };
+        if self.rng.random_bool(0.3) {
+            self.check_structure();
+        }
+        job.run().unwrap();
+        assert!(job.damaged().is_empty());
+        if self.rng.random_bool(0.05) {
+            return self.crash();
+        }
+        if self.rng.random_bool(0.3) {
+            // As admission does, which asks where writes would go.
+            let v = self.some_volume();
+            let (first, count) = self.some_range(&v, 20);
+            self.pool().allocation_need(BlockRange { volume: v.spec.id, first, count }).unwrap();
+        }
+        self.moved += job.segments();
+        self.pool().finish_relocation(&job).unwrap();
     }
 
     fn begin_read(&mut self) {
@@ -450,14 +555,14 @@ impl World {
         self.capture = None;
         self.pool = None;
         self.catalog = None;
-        for (device, synced) in self.config.devices.iter().zip(&self.synced) {
-            let mut now = self.storage.contents(&device.path);
+        for (path, synced) in &self.synced {
+            let mut now = self.storage.contents(path);
             for (new, old) in now.chunks_exact_mut(512).zip(synced.chunks_exact(512)) {
                 if new != old && self.rng.random_bool(0.5) {
                     new.copy_from_slice(old);
                 }
             }
-            self.storage.set_contents(&device.path, now);
+            self.storage.set_contents(path, now);
         }
         let catalog = Catalog::open(&*self.storage, 1 << 20).unwrap();
         self.pool = Some(Pool::open(self.storage.clone(), &catalog, UID, &self.config).unwrap());
@@ -499,8 +604,29 @@ impl World {
         }
     }
 
+    /// What a snapshot and a newer image are said to share is the same in both.
+    fn check_changes(&mut self, v: &VolumeModel) {
+        for (n, (base, image)) in v.snapshots.iter().enumerate() {
+            let newer = v.snapshots[n + 1..].iter().map(|(layer, image)| (Some(*layer), image));
+            for (target, other) in newer.chain([(None, &v.head)]) {
+                let mut differs = vec![false; image.0.len()];
+                let mut from = Some(0);
+                while let Some(first) = from {
+                    let (ranges, next) = self.pool().changed_blocks(v.spec.id, *base, target, first, 2).unwrap();
+                    for block in ranges.iter().flat_map(|range| range.first..range.end()) {
+                        assert!(!std::mem::replace(&mut differs[block as usize], true), "block {block} comes twice");
+                    }
+                    from = next;
+                }
+                let same = (0..differs.len()).all(|b| differs[b] || image.0[b] == other.0[b]);
+                assert!(same, "{:?}: {base:?} and {target:?} differ in blocks that were not named", v.spec.id);
+            }
+        }
+    }
+
     fn check_images(&mut self) {
         for v in self.model.clone().values() {
+            self.check_changes(v);
             let snapshots = v.snapshots.iter().map(|(layer, image)| (Some(*layer), image));
             for (layer, image) in [(None, &v.head)].into_iter().chain(snapshots) {
                 let mut pieces = Vec::new();
@@ -584,7 +710,13 @@ impl World {
             assert_eq!(owners[&e.segment].2 & !e.used, 0, "an owned slot counts as used");
         }
         let mut live = 0;
-        for (device, total) in [0, 1].map(|d| (d, pool.segments.device_segments(d))) {
+        let devices = pool.devices();
+        let mut by_device = SegmentStates::default();
+        for (device, total) in devices.iter().map(|d| (d.number, d.segments)) {
+            let info = &devices[usize::from(device)];
+            assert_eq!(info.free + info.live + info.quarantined + info.held, total);
+            by_device.quarantined += info.quarantined;
+            by_device.live += info.live;
             for id in (0..total).map(|i| SegmentId::new(device, i)) {
                 let owned = owners.get(&id).map_or(0, |(_, _, mask)| mask.count_ones());
                 assert_eq!(u32::from(pool.segments.live(id)), owned, "{id:?}");
@@ -592,10 +724,18 @@ impl World {
             }
         }
         let s = pool.segment_states();
-        assert_eq!(s.live, live);
-        assert_eq!(s.free + s.live + s.quarantined + s.pinned + s.unreferenced, s.total);
+        assert_eq!((s.live, by_device.live, by_device.quarantined), (live, live, s.quarantined));
+        assert_eq!(s.free + s.live + s.quarantined + s.pinned + s.unreferenced + s.retired, s.total);
         let space = pool.space();
         assert_eq!((space.total(), space.free(), space.quarantined()), (s.total, s.free, s.quarantined));
+        assert_eq!(space.retired(), s.retired);
+        for (segment, _) in owners {
+            let standing = devices[usize::from(segment.device())].standing;
+            assert!(
+                !matches!(standing, DeviceStanding::Removing | DeviceStanding::Removed),
+                "{segment:?} {standing:?}"
+            );
+        }
     }
 
     /// In the end everything that is not in use comes back.
@@ -635,25 +775,46 @@ fn written_in_place(ops: &[Op], volume: VolumeId, layer: Option<LayerId>, blocks
 }
 
 /// Runs a seed. Panics at the first wrong step.
-pub(super) fn run_seed(seed: u64, steps: u32) -> u32 {
+pub(super) fn run_seed(seed: u64, steps: u32) -> Seen {
+    run_seed_looking(seed, steps, 8)
+}
+
+/// What a seed came upon.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Seen {
+    crashes: u32,
+    moved: u64,
+    removed: u32,
+}
+
+fn run_seed_looking(seed: u64, steps: u32, images_every: u32) -> Seen {
     let mut world = World::new(seed);
     for step in 0..steps {
         world.step();
         world.check_structure();
-        if step % 8 == 0 {
+        if step % images_every == 0 {
             world.check_images();
         }
     }
     world.finish();
-    world.crashes
+    Seen { crashes: world.crashes, moved: world.moved, removed: world.removed }
 }
 
 #[test]
 fn pool_equals_the_model_through_checkpoints_and_crashes() {
-    let mut crashes = 0;
+    let mut all = Seen::default();
     for seed in 0..16 {
         let run = std::panic::catch_unwind(|| run_seed(seed, 300));
-        crashes += run.unwrap_or_else(|_| panic!("seed {seed} failed"));
+        let seen = run.unwrap_or_else(|_| panic!("seed {seed} failed"));
+        all.crashes += seen.crashes;
+        all.moved += seen.moved;
+        all.removed += seen.removed;
     }
-    assert!(crashes > 16, "only {crashes} crashes: the test has lost its edge");
+    assert!(all.crashes > 16 && all.moved > 100 && all.removed > 5, "{all:?}: the test has lost its edge");
+}
+
+#[test]
+fn pool_equals_the_model_over_ten_thousand_operations() {
+    let seen = run_seed_looking(1000, 10_000, 100);
+    assert!(seen.crashes > 150 && seen.moved > 200 && seen.removed > 10, "{seen:?}: the test has lost its edge");
 }

@@ -26,3 +26,21 @@ fn reuse_under_a_read_is_caught() {
 fn overwriting_a_referenced_segment_is_caught() {
     is_caught(Mutant::OverwriteReferenced);
 }
+
+#[test]
+fn an_owner_that_is_left_behind_is_caught() {
+    is_caught(Mutant::RelocateForgetsOwner);
+}
+
+#[test]
+fn a_device_that_goes_too_early_is_caught() {
+    is_caught(Mutant::RemoveDeviceEarly);
+}
+
+#[test]
+fn damage_that_is_mended_by_a_move_is_caught() {
+    activate(Some(Mutant::RelocateMendsDamage));
+    let caught = catch_unwind(super::devices::moved_damage).is_err();
+    activate(None);
+    assert!(caught);
+}

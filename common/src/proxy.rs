@@ -1,4 +1,5 @@
-//! A TCP proxy that stands for the link: it can reset, freeze and slow down what goes through it.
+//! A TCP proxy that stands for the link, in tests and in the demo: it can reset, freeze and slow down what goes through
+//! it.
 //!
 //! Invariants: while frozen, connections are accepted and no byte moves (a half-open link: no reset, no end of file);
 //! a cut ends every connection with RST, in both directions. Dropping the proxy cuts.
@@ -53,7 +54,15 @@ impl Proxy {
     /// # Errors
     /// The listener cannot be made.
     pub async fn start(target: SocketAddr) -> io::Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        Self::start_at((Ipv4Addr::LOCALHOST, 0).into(), target).await
+    }
+
+    /// Listens on `address`; open.
+    ///
+    /// # Errors
+    /// The listener cannot be made.
+    pub async fn start_at(address: SocketAddr, target: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
         let (state, watched) = watch::channel(State { link: Link::Open, target });
         let listener = tokio::spawn(accept(listener, watched));
@@ -132,6 +141,7 @@ async fn carry(mut from: tcp::ReadHalf<'_>, mut to: tcp::WriteHalf<'_>, mut stat
         // Bytes read just before the freeze wait here, and are lost with the connection if a cut follows.
         let Some(now) = wait_while_frozen(&mut state).await else { return };
         if let Link::Slow(bytes_per_second) = now.link {
+            #[allow(clippy::cast_precision_loss, reason = "at most a chunk")]
             let seconds = count as f64 / f64::from(bytes_per_second.max(1));
             tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
         }
