@@ -127,7 +127,12 @@ pub trait ReplicaNode: Clone + Send + Sync + 'static {
         &self,
         request: v1::ReplicaScrubRequest,
     ) -> impl Future<Output = Result<v1::ReplicaScrubResponse, NodeError>> + Send;
-    /// A block of the head.
+    /// Mends a version of a block that only snapshots see.
+    fn mend_block(
+        &self,
+        request: v1::MendBlockRequest,
+    ) -> impl Future<Output = Result<v1::MendBlockResponse, NodeError>> + Send;
+    /// A block of the head or of a snapshot.
     fn fetch_block(
         &self,
         request: v1::FetchBlockRequest,

@@ -24,11 +24,11 @@ use understudy_common::{
     lane::LANES_MAX,
     process::{Exit, Failure},
     record::Control,
-    scrub::Scrub,
+    scrub::{self, Scrub},
     state::{GroupState, Place, Snapshot},
     store::{self, ImageReader, ReadFailure, Recovery, Role, Store, StoreConfig, driver::Threads, setup},
     telemetry::Metrics,
-    types::{GroupId, Lsn, Position, Uid, VolumeId, VolumeSpec},
+    types::{GroupId, Lsn, Position, SnapshotId, Uid, VolumeId, VolumeSpec},
 };
 use understudy_proto::{convert, pool, seal::Sealed as _, v1};
 
@@ -743,12 +743,34 @@ impl ReplicaNode for Node {
     async fn fetch_block(&self, request: v1::FetchBlockRequest) -> Result<v1::FetchBlockResponse, NodeError> {
         self.check_session(&request.session)?;
         let spec = self.volume(&VolumeKey::Id(VolumeId(request.volume_id)))?;
-        let (store, block) = (Arc::clone(&self.inner.store), request.block);
+        let (store, block, id) = (Arc::clone(&self.inner.store), request.block, SnapshotId(request.snapshot_id));
         // The bytes are compared with their checksum: what is damaged here too goes nowhere.
-        let read = move || store.read(spec.id, block, 1).map_err(|error| of_read(error, &spec));
-        let read = self.blocking(read).await?;
-        let crc32c = crc32c(&read.data);
-        Ok(v1::FetchBlockResponse { session: request.session, data: read.data, crc32c })
+        let read = move || match id.0 {
+            0 => store.read(spec.id, block, 1).map(|read| read.data).map_err(|error| of_read(error, &spec)),
+            _ => match store.snapshot_reader(id, spec.id) {
+                Ok(reader) => reader.read(block, 1).map_err(|error| of_read(error, &spec)),
+                Err(_) => Err(NodeError::NoSnapshot { volume: spec.name.clone(), snapshot: id.to_string() }),
+            },
+        };
+        let data = self.blocking(read).await?;
+        let crc32c = crc32c(&data);
+        Ok(v1::FetchBlockResponse { session: request.session, data, crc32c })
+    }
+
+    async fn mend_block(&self, request: v1::MendBlockRequest) -> Result<v1::MendBlockResponse, NodeError> {
+        self.check_session(&request.session)?;
+        let v1::MendBlockRequest { session, volume_id, block, snapshot_id, data, crc32c: sent } = request;
+        if crc32c(&data) != sent {
+            return Ok(v1::MendBlockResponse { session, mended: false });
+        }
+        let store = Arc::clone(&self.inner.store);
+        let mend = move || {
+            let seen = store.seen_by_snapshot(SnapshotId(snapshot_id), VolumeId(volume_id), block);
+            let mended = seen.and_then(|seen| seen.map_or(Ok(false), |suspect| scrub::mend(&store, suspect, &data)));
+            mended.map_err(|error| NodeError::Storage { message: error.to_string() })
+        };
+        let mended = self.blocking(mend).await?;
+        Ok(v1::MendBlockResponse { session, mended })
     }
 
     async fn divergence(&self, request: v1::GetDivergenceRequest) -> Result<BTreeMap<VolumeId, BlockSet>, NodeError> {

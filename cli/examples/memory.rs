@@ -183,14 +183,14 @@ fn recover(args: &Args) -> Result<()> {
 fn snapshot(args: &Args) -> Result<()> {
     const TAKEN: usize = 101;
     let mut config = StoreConfig { tail_bytes: 0, retain: false, ..config(1 << 30, 256 * MIB) };
-    config.pool.segment_bytes = 1 << 20;
+    config.pool.segment_bytes = 512 << 10;
     let (store, _) = open(Hollow::new(args, false)?, &config)?;
     let _threads = Threads::start(&store)?;
-    let (size, per_segment) = (1 << 40, MIB / u64::from(BLOCK));
+    let (size, per_segment) = (1 << 40, (512 << 10) / u64::from(BLOCK));
     create(&store, size)?;
     let mut rng = Pcg64Mcg::seed_from_u64(1);
     let mut segments = 0;
-    for upto in [1 << 10, 1 << 20] {
+    for upto in [2 << 10, 2 << 20] {
         while segments < upto {
             submit(&store, segments * per_segment)?;
             segments += 1;
@@ -212,7 +212,7 @@ fn snapshot(args: &Args) -> Result<()> {
             store.drop_snapshot(taken.id, 1)?;
         }
         times.sort_unstable();
-        let allocated = (store.space().total() - store.space().free()) / 1024;
+        let allocated = (store.space().total() - store.space().free()) / 2048;
         print(&format!(
             "{allocated} GiB allocated: a snapshot durable in {:.0?} (median of {TAKEN}; {:.0?} to {:.0?}); {}",
             times[TAKEN / 2],

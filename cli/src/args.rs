@@ -224,14 +224,18 @@ pub(crate) enum VolumeCommand {
         /// The volume.
         name: String,
     },
-    /// Grow a volume.
-    #[command(after_help = "Example:\n  understudy volume resize data --size 128MiB")]
+    /// Make a volume larger or, if only zeros are cut off, smaller.
+    #[command(after_help = "Examples:\n  understudy volume resize data --size 128MiB\n  \
+                            understudy volume resize data --size 16MiB --discard")]
     Resize {
         /// The volume.
         name: String,
         /// The new size.
         #[arg(long, value_parser = parse_bytes)]
         size: u64,
+        /// Discard first what lies behind the new end.
+        #[arg(long)]
+        discard: bool,
     },
     /// Delete a volume with its data, on both sides.
     #[command(after_help = "Example:\n  understudy volume delete data")]

@@ -71,7 +71,7 @@ impl ReplicationService for Fake {
     async fn scrub(&self, request: Request<ScrubRequest>) -> Result<Response<ScrubResponse>, Status> {
         let ScrubRequest { start, volume, .. } = request.into_inner();
         let status = ScrubStatus { running: start, done_bytes: 3 << 20, damaged_blocks: 1, ..Default::default() };
-        let damaged = DamagedBlock { volume_id: 1, block: 5, snapshot_only: true };
+        let damaged = DamagedBlock { volume_id: 1, block: 5, snapshot_only: true, snapshot_id: 3 };
         Ok(Response::new(ScrubResponse {
             primary: Some(status),
             backup_reason: "it is a test".to_owned(),

@@ -42,6 +42,8 @@ pub enum Mutant {
     RootBeforeDevices,
     /// A write in delta mode does not mark its blocks.
     NoMark,
+    /// A shrink takes away the marks behind the new end.
+    ShrinkDropsMarks,
     /// Writes during a run mark the set that its commit clears.
     NoFrozenSet,
     /// A switch drops retained records without marking their blocks.

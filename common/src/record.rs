@@ -77,7 +77,7 @@ pub enum Control {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fill: Option<(SnapshotId, VolumeId)>,
     },
-    /// A larger size.
+    /// Another size. What a smaller one cuts off read as zeros.
     ResizeVolume {
         /// The volume.
         volume: VolumeId,
@@ -247,8 +247,6 @@ pub enum Control {
         delete: Vec<VolumeId>,
         /// Groups without an image.
         drop: Vec<GroupId>,
-        /// The sizes of the volumes that stay: an unfinished run may have made them larger.
-        sizes: Vec<(VolumeId, u64)>,
     },
     /// The primary that this directory was is a backup from here on: each group is diverged, and its table says where.
     StepDown {

@@ -17,7 +17,7 @@ use crate::{
     config::ScrubConfig,
     events::EventLog,
     pool::{OwnedPlace, Owner, PoolError},
-    store::{Checked, Store, Suspect},
+    store::{Checked, Mended, Store, Suspect},
     telemetry::Metrics,
     types::VolumeId,
 };
@@ -282,6 +282,24 @@ impl Scrub {
         // It panics only if the work does, which ends the process.
         tokio::task::spawn_blocking(move || work(&store)).await.expect("the work does not panic")
     }
+}
+
+/// Mends a version that only snapshots see with what the other side holds, as soon as the applier is still. False: it does
+/// not fit, nobody owns it any more, or the applier never was. For a thread that may wait.
+///
+/// # Errors
+/// The segment map cannot be read, or the device fails.
+pub fn mend(store: &Store, suspect: Suspect, data: &[u8]) -> Result<bool, PoolError> {
+    for _ in 0..BUSY.1 {
+        match store.mend_version(suspect, data)? {
+            Mended::Busy => {
+                store.request_pause();
+                std::thread::sleep(BUSY.0);
+            }
+            mended => return Ok(mended == Mended::Yes),
+        }
+    }
+    Ok(false)
 }
 
 /// When so many bytes may have been read.

@@ -29,7 +29,7 @@ use understudy_common::{
     pool::MAX_BLOCKS_PER_SEGMENT,
     record::{self, CLIENT_ID_BYTES_MAX, ClientSequence, Control},
     state::{NodeState, SEQUENCE_WINDOW, SequenceCheck, VOLUMES_MAX},
-    store::{Change, Marks, ModifyError, ReadFailure, ReadOut, Store, SubmitError, Submitted},
+    store::{Change, Marks, ModifyError, ReadFailure, ReadOut, ShrinkError, Store, SubmitError, Submitted},
     types::{AckRule, AwayRule, BlockRange, BlockSize, GroupId, Lsn, Position, SnapshotId, VolumeId, VolumeSpec},
 };
 
@@ -735,20 +735,36 @@ impl Engine {
         Ok((made.expect("decided above"), submitted))
     }
 
-    /// Grows a volume. Returns when that is durable.
+    /// Makes a volume larger or, if what is cut off reads as zeros, smaller. Returns when that is durable.
     ///
     /// # Errors
     /// See [`EngineError`].
     pub async fn resize_volume(&self, volume: &VolumeKey, size_bytes: u64) -> Result<VolumeSpec, EngineError> {
-        self.change(volume, |spec| {
-            check_size(size_bytes, spec.block_size)?;
-            if size_bytes < spec.size_bytes {
-                let (volume, size) = (spec.name.clone(), spec.size_bytes);
-                return Err(EngineError::Shrink { volume, size_bytes: size, asked_bytes: size_bytes });
+        let spec = self.spec(volume)?;
+        if size_bytes < spec.size_bytes {
+            return self.shrink_volume(&spec, size_bytes).await;
+        }
+        self.change(&VolumeKey::Id(spec.id), |now| {
+            check_size(size_bytes, now.block_size)?;
+            if size_bytes < now.size_bytes {
+                // Somebody else has made it larger meanwhile, and may write there.
+                return Err(EngineError::Shrink {
+                    volume: now.name.clone(),
+                    why: "it has just been made larger".into(),
+                });
             }
-            Ok(Control::ResizeVolume { volume: spec.id, size_bytes })
+            Ok(Control::ResizeVolume { volume: now.id, size_bytes })
         })
         .await
+    }
+
+    async fn shrink_volume(&self, spec: &VolumeSpec, size_bytes: u64) -> Result<VolumeSpec, EngineError> {
+        check_size(size_bytes, spec.block_size)?;
+        let (store, id) = (Arc::clone(&self.inner.store), spec.id);
+        let shrunk = self.blocking(spec, move || Ok(store.shrink(id, size_bytes, unix_ms()))).await?;
+        let submitted = shrunk.map_err(|error| of_shrink(error, spec))?;
+        self.settle(submitted, Rule::Staged).await?;
+        self.spec(&VolumeKey::Id(id))
     }
 
     /// Changes when writes are acknowledged, from the next one on.
@@ -906,6 +922,23 @@ fn of_read(error: ReadFailure, spec: &VolumeSpec) -> EngineError {
         ReadFailure::Failed(_) | ReadFailure::Pool(_) | ReadFailure::Io(_) | ReadFailure::Readers => {
             EngineError::Storage { message: error.to_string() }
         }
+    }
+}
+
+fn of_shrink(error: ShrinkError, spec: &VolumeSpec) -> EngineError {
+    let refused = |why: String| EngineError::Shrink { volume: spec.name.clone(), why };
+    match error {
+        ShrinkError::Data { block, .. } => {
+            let at = block * u64::from(spec.block_size.bytes());
+            refused(format!("there is data behind the new end, the first at byte {at}; discard it, or ask for more"))
+        }
+        ShrinkError::NotLarger(_) => refused("somebody else has just resized it; look at its size".into()),
+        ShrinkError::Busy(_) => {
+            let what = "it is written behind the new end, or volumes and snapshots change";
+            refused(format!("{what}, each time it is looked at; stop that and try again"))
+        }
+        ShrinkError::Read(error) => of_read(error, spec),
+        ShrinkError::Submit(error) => of_submit(error, spec, None, Duration::ZERO),
     }
 }
 

@@ -196,15 +196,13 @@ pub enum EngineError {
         /// Of the request.
         sequence: u64,
     },
-    /// Volumes shrink in no version so far.
-    #[error("volume {volume} has {size_bytes} bytes and cannot shrink to {asked_bytes}; ask for at least its size")]
+    /// A volume is not made smaller.
+    #[error("volume {volume} is not made smaller: {why}")]
     Shrink {
         /// Its name.
         volume: String,
-        /// Its size.
-        size_bytes: u64,
-        /// The size asked for.
-        asked_bytes: u64,
+        /// What is in the way, and what to do.
+        why: String,
     },
     /// The node is not, or no longer, the primary.
     #[error("{why}; send the request to the primary of generation {generation}")]

@@ -1,8 +1,12 @@
 //! How fast a run may go beside clients (`[delta] throttle`), and records may be sent (`[link] throttle`). Pure: times and
 //! measurements come in as arguments.
 //!
-//! Adaptive: the rate falls when acknowledged writes take noticeably longer than they did outside of runs, and grows
+//! Adaptive: the rate falls when acknowledged writes take noticeably longer than they do without a run, and grows
 //! otherwise. It never falls below [`RATE_MIN`], so that a run always progresses.
+//!
+//! How long a write takes without a run is learnt at once where it is less, and slowly where it is more: only when no run
+//! has been under way for a while, or one goes at its lowest rate. Otherwise runs one behind the other would teach what they
+//! make of it themselves. Clients that have just written and are not heard of are taken for delayed, not for gone.
 
 use std::time::Duration;
 
@@ -10,12 +14,24 @@ use understudy_common::config::Throttle;
 
 /// The lowest rate, bytes a second.
 const RATE_MIN: f64 = (4 << 20) as f64;
-/// Where a run begins beside clients, bytes a second.
+/// Where a run begins beside clients at most, bytes a second.
 const RATE_START: f64 = (32 << 20) as f64;
 /// The highest rate that is told from none.
 const RATE_MAX: f64 = (16_u64 << 30) as f64;
-/// A run slows down when a write takes so many times as long as outside of runs.
-const SLOWED: f64 = 1.4;
+/// A run slows down when a write takes so many times as long as without one.
+const SLOWED: f64 = 1.25;
+/// It goes faster while a write takes less than so many times as long.
+const UNHURT: f64 = 1.12;
+/// Of a tick's mean, what is learnt: where writes take less time than was known, and where they take more.
+const LEARNT: (f64, f64) = (0.2, 0.01);
+/// A run is not felt any more so long after its end.
+const SETTLED: Duration = Duration::from_millis(300);
+/// Clients that have written so recently are still there.
+const PRESENT: Duration = Duration::from_secs(1);
+/// What is sent at once at most takes so long at the rate, seconds.
+const CHUNK_SECONDS: f64 = 0.01;
+/// And not less than this, bytes.
+const CHUNK_MIN: u64 = 64 << 10;
 /// What is sent at once after a pause, in seconds of the rate.
 const BURST_SECONDS: f64 = 0.02;
 
@@ -32,9 +48,13 @@ pub struct ClientLoad {
 #[derive(Debug, Clone)]
 pub struct Pace {
     throttle: Throttle,
-    /// Mean time of a write outside of runs, seconds; `None` until there were some.
+    /// Mean time of a write without a run, seconds; `None` until there were some.
     calm_seconds: Option<f64>,
     rate: f64,
+    /// Since the last run.
+    rested: Duration,
+    /// Since the last acknowledged write.
+    quiet: Duration,
     /// Bytes that may be sent now; negative while a batch is paid off.
     credit: f64,
 }
@@ -43,33 +63,63 @@ impl Pace {
     /// As the setting says.
     #[must_use]
     pub fn new(throttle: Throttle) -> Self {
-        Self { throttle, calm_seconds: None, rate: RATE_START, credit: 0.0 }
+        Self { throttle, calm_seconds: None, rate: RATE_START, rested: SETTLED, quiet: PRESENT, credit: 0.0 }
     }
 
-    /// A run begins.
+    /// A run begins, at what the one before has come down to.
     pub fn on_begun(&mut self) {
-        (self.rate, self.credit) = (RATE_START, 0.0);
+        (self.rate, self.credit) = (self.rate.min(RATE_START), 0.0);
     }
 
     /// `elapsed` has passed with this load of clients.
     pub fn on_tick(&mut self, elapsed: Duration, load: ClientLoad, in_run: bool) {
+        self.quiet = if load.writes > 0 { Duration::ZERO } else { self.quiet.saturating_add(elapsed) };
+        self.rested = if in_run { Duration::ZERO } else { self.rested.saturating_add(elapsed) };
+        self.learn(load, in_run);
         if !in_run {
-            if load.writes > 0 {
-                let calm = self.calm_seconds.get_or_insert(load.mean_seconds);
-                *calm += (load.mean_seconds - *calm) * 0.2;
-            }
             return;
         }
         if self.throttle == Throttle::Adaptive {
             self.rate *= match self.calm_seconds {
-                _ if load.writes == 0 => 2.0,
-                Some(calm) if load.mean_seconds > calm * SLOWED => 0.7,
-                _ => 1.15,
+                _ if self.quiet >= PRESENT => 2.0,
+                _ if load.writes == 0 => 1.0,
+                Some(calm) if load.mean_seconds > calm * SLOWED => 0.8,
+                Some(calm) if load.mean_seconds > calm * UNHURT => 1.0,
+                _ => 1.05,
             };
             self.rate = self.rate.clamp(RATE_MIN, RATE_MAX);
         }
         let rate = self.rate();
         self.credit = (self.credit + rate * elapsed.as_secs_f64()).min(rate * BURST_SECONDS);
+    }
+
+    fn learn(&mut self, load: ClientLoad, in_run: bool) {
+        if load.writes == 0 {
+            return;
+        }
+        let is_calm = if in_run { self.rate <= RATE_MIN } else { self.rested >= SETTLED };
+        let calm = match &mut self.calm_seconds {
+            Some(calm) => calm,
+            // Nothing better is known.
+            none => none.insert(load.mean_seconds),
+        };
+        let more = load.mean_seconds - *calm;
+        if more < 0.0 {
+            *calm += more * LEARNT.0;
+        } else if is_calm {
+            *calm += more * LEARNT.1;
+        }
+    }
+
+    /// Bytes to be sent at once, of `most`: so many that clients hardly feel them.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a size; bounded behind it")]
+    pub fn chunk(&self, most: u64) -> u64 {
+        match self.throttle {
+            Throttle::Adaptive if self.quiet < PRESENT => (self.rate() * CHUNK_SECONDS) as u64,
+            _ => most,
+        }
+        .clamp(CHUNK_MIN, most)
     }
 
     fn rate(&self) -> f64 {
@@ -153,19 +203,64 @@ mod tests {
         sent
     }
 
-    #[test]
-    fn a_run_gives_way_to_clients_and_goes_on() {
+    /// A pace that has seen calm clients, in a run.
+    fn beside(calm: ClientLoad) -> Pace {
         let mut pace = Pace::new(Throttle::Adaptive);
-        let calm = ClientLoad { writes: 100, mean_seconds: 0.001 };
         for _ in 0..50 {
             pace.on_tick(TICK, calm, false);
         }
         pace.on_begun();
-        let slowed = run(&mut pace, 1000, ClientLoad { writes: 100, mean_seconds: 0.01 });
-        // Ten seconds at the lowest rate, and the way down to it.
-        assert!((40 << 20..80 << 20).contains(&slowed), "{slowed}");
-        let unhurt = run(&mut pace, 1000, calm);
-        assert!(unhurt > 10 * slowed, "{unhurt}");
+        pace
+    }
+
+    const CALM: ClientLoad = ClientLoad { writes: 100, mean_seconds: 0.001 };
+    const SLOW: ClientLoad = ClientLoad { writes: 100, mean_seconds: 0.01 };
+
+    #[test]
+    fn a_run_gives_way_to_clients_and_goes_on() {
+        let mut pace = beside(CALM);
+        let slowed = run(&mut pace, 100, SLOW);
+        // A second at the lowest rate, and the way down to it.
+        assert!((4 << 20..10 << 20).contains(&slowed), "{slowed}");
+        assert_eq!(pace.chunk(1 << 20), 64 << 10);
+        let unhurt = run(&mut pace, 1000, CALM);
+        assert!(unhurt > 100 * slowed, "{unhurt}");
+        assert_eq!(pace.chunk(1 << 20), 1 << 20);
+    }
+
+    #[test]
+    fn clients_that_are_delayed_are_not_taken_for_gone() {
+        let none = ClientLoad::default();
+        let mut pace = beside(CALM);
+        run(&mut pace, 100, SLOW);
+        // They write twice a second, and wait for it as long as the run lets them.
+        let sent: u64 = (0..10).map(|_| run(&mut pace, 49, none) + run(&mut pace, 1, SLOW)).sum();
+        assert!((20 << 20..26 << 20).contains(&sent), "{sent}");
+        assert!(run(&mut pace, 400, none) > 4 << 30, "nobody writes");
+    }
+
+    #[test]
+    fn runs_one_behind_the_other_do_not_teach_what_they_make_of_clients() {
+        let mut pace = beside(CALM);
+        // Twice the time at 64 MiB/s, and in the short pause behind a run as in it.
+        let felt = |pace: &Pace| ClientLoad { mean_seconds: 0.001 * (1.0 + pace.rate / f64::from(64 << 20)), ..CALM };
+        let mut slowest: f64 = 0.0;
+        for _ in 0..200 {
+            for tick in 0..70 {
+                let load = felt(&pace);
+                slowest = slowest.max(load.mean_seconds);
+                pace.on_tick(TICK, load, tick < 50);
+            }
+            pace.on_begun();
+        }
+        assert!(slowest < 0.0016, "{slowest}");
+    }
+
+    #[test]
+    fn a_load_that_is_slower_without_a_run_is_learnt_in_the_end() {
+        let mut pace = beside(CALM);
+        run(&mut pace, 1000, SLOW);
+        assert!(run(&mut pace, 1000, SLOW) > 400 << 20, "it is still at its lowest rate");
     }
 
     #[test]

@@ -477,6 +477,7 @@ impl Replicator {
         }
         running.retry_at = None;
         let mut runner = running.runner.take().expect("looked at above");
+        runner.limit_chunk(self.pace.chunk(CHUNK_BYTES));
         if self.inline {
             let polled = runner.poll();
             self.on_polled((runner, polled));

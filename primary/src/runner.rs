@@ -177,6 +177,8 @@ pub struct Runner {
     group_name: String,
     run: PrimaryRun,
     options: RunOptions,
+    /// Bytes of a batch for now.
+    chunk_bytes: u64,
     sources: Vec<Source>,
     session: Bytes,
     step: Step,
@@ -199,7 +201,10 @@ impl Runner {
         let layers: BTreeMap<_, _> = run.layers.iter().copied().collect();
         let sources = specs.into_iter().filter_map(|spec| {
             let reader = LayerReader::new(&store, &spec, *layers.get(&spec.id)?);
-            Some(Source { blocks: store.frozen(spec.id), reader, spec })
+            let mut blocks = store.frozen(spec.id);
+            // Marks behind the end of a volume that was cut.
+            blocks.truncate(spec.block_count());
+            Some(Source { blocks, reader, spec })
         });
         let sources: Vec<Source> = sources.collect();
         let total_bytes = sources.iter().map(|s| s.blocks.len() * u64::from(s.spec.block_size.bytes())).sum();
@@ -209,6 +214,7 @@ impl Runner {
             group,
             group_name,
             options,
+            chunk_bytes: options.chunk_bytes,
             sources,
             session: Bytes::new(),
             step: Step::Cut,
@@ -294,6 +300,11 @@ impl Runner {
             Step::Begin(asked) | Step::Commit(asked) => !asked && !self.session.is_empty(),
             Step::Cut | Step::Done => false,
         }
+    }
+
+    /// Bytes of a batch from here on, at most what the options say.
+    pub fn limit_chunk(&mut self, bytes: u64) {
+        self.chunk_bytes = bytes.clamp(1, self.options.chunk_bytes);
     }
 
     /// The next request. Reads the snapshot: for a thread that may wait.
@@ -476,7 +487,7 @@ impl Runner {
     fn next_place(&self) -> Option<(usize, u64, u64)> {
         let (mut volume, mut block) = self.at;
         while let Some(source) = self.sources.get(volume) {
-            let max = (self.options.chunk_bytes / u64::from(source.spec.block_size.bytes())).max(1);
+            let max = (self.chunk_bytes / u64::from(source.spec.block_size.bytes())).max(1);
             if let Some((first, count)) = source.blocks.next_run(block, max) {
                 return Some((volume, first, count));
             }
@@ -509,14 +520,14 @@ impl Runner {
         let mut pieces = Vec::new();
         let mut bytes = 0;
         while let Some((next_volume, first, count)) = self.next_place() {
-            let full = chunk.extents.len().max(pieces.len()) >= EXTENTS_MAX || bytes >= self.options.chunk_bytes;
+            let full = chunk.extents.len().max(pieces.len()) >= EXTENTS_MAX || bytes >= self.chunk_bytes;
             if full || next_volume != volume {
                 break;
             }
             let source = &self.sources[volume];
             let id = source.spec.id;
             let failed = |source| RunError::Read { volume: id, source };
-            let max = count.min((self.options.chunk_bytes - bytes).div_ceil(block_bytes).max(1));
+            let max = count.min((self.chunk_bytes - bytes).div_ceil(block_bytes).max(1));
             let (hole, count) = source.reader.extent(first, max).map_err(failed)?;
             // Either zeros or digests: what is compared is sent later, and the order stays.
             if if hole { !pieces.is_empty() } else { self.options.digests && !chunk.extents.is_empty() } {

@@ -238,10 +238,12 @@ pub fn scrub_to_wire(status: &ScrubStatus) -> v1::ScrubStatus {
 #[must_use]
 pub fn damaged_to_wire(store: &Store) -> Vec<v1::DamagedBlock> {
     let damaged = store.damaged().into_iter().take(256);
-    let block = |(suspect, owner): (Suspect, Owner)| v1::DamagedBlock {
-        volume_id: suspect.volume.0,
-        block: suspect.block,
-        snapshot_only: owner == Owner::Snapshot,
+    let block = |(suspect, owner): (Suspect, Owner)| {
+        let snapshot_only = owner == Owner::Snapshot;
+        // A segment map that cannot be read is told by whoever comes upon it next.
+        let sight = if snapshot_only { store.mirrored_sight(suspect).ok().flatten() } else { None };
+        let (volume_id, snapshot_id) = (suspect.volume.0, sight.map_or(0, |id| id.0));
+        v1::DamagedBlock { volume_id, block: suspect.block, snapshot_only, snapshot_id }
     };
     damaged.map(block).collect()
 }

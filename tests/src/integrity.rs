@@ -13,7 +13,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use rand::{Rng, SeedableRng, seq::IndexedRandom};
+use rand::{
+    Rng, SeedableRng,
+    seq::{IndexedRandom, IteratorRandom},
+};
 use rand_pcg::Pcg64Mcg;
 use understudy_backup::{
     receiver::{FrameRefusal, Hello, PROTOCOL, Receiver},
@@ -27,10 +30,10 @@ use understudy_common::{
     record::{Control, block_crcs},
     storage::{Storage, sim::SimStorage},
     store::{
-        self, ApplyJob, Change, Checked, ImageReader, Levels, ReadFailure, Repair, Role, ScrubJob, Store, StoreConfig,
-        SubmitError, Suspect,
+        self, ApplyJob, Change, Checked, ImageReader, Levels, Mended, ReadFailure, Repair, Role, ScrubJob,
+        SnapshotError, Store, StoreConfig, SubmitError, Suspect,
     },
-    types::{AckRule, AwayRule, BlockRange, BlockSize, GroupId, Lsn, Uid, VolumeId, VolumeSpec},
+    types::{AckRule, AwayRule, BlockRange, BlockSize, GroupId, Lsn, SnapshotId, Uid, VolumeId, VolumeSpec},
 };
 use understudy_primary::{
     sender::{Sender, Welcome},
@@ -67,6 +70,8 @@ pub const PATHS: &[&str] = &[
     "repairs given up",
     "repairs not begun",
     "rewrites for the backup",
+    "snapshots",
+    "versions of snapshots mended",
     "comparisons",
     "comparisons that found a flip",
     "power cuts",
@@ -210,6 +215,8 @@ struct World {
     history: Vec<(Lsn, VolumeId, u64, Vec<Bytes>)>,
     repair: Option<(Repair, VolumeId, u64, Option<Bytes>)>,
     image: Option<ImageReader>,
+    /// A snapshot for users, of a volume that is a group of its own, and what it holds.
+    snapshot: Option<(SnapshotId, VolumeId, Vec<Bytes>)>,
     verifier: Option<(Verifier, BTreeSet<(VolumeId, u64)>)>,
     counts: Counts,
     trace: bool,
@@ -234,6 +241,7 @@ pub fn run(seed: u64, steps: u32) -> Result<Counts, Violation> {
         history: Vec::new(),
         repair: None,
         image: None,
+        snapshot: None,
         verifier: None,
         counts: Counts::new(),
         trace: std::env::var_os("UNDERSTUDY_TRACE").is_some(),
@@ -311,7 +319,8 @@ impl World {
             }
             72..84 => self.scrub(),
             84..90 => self.mend(),
-            90..92 => self.turn_image(),
+            90..92 if self.rng.random() => self.turn_image(),
+            90..92 => self.turn_snapshot(),
             92..98 => self.verify(),
             98 if self.rng.random_bool(0.3) => self.crash(),
             _ => self.read(),
@@ -497,8 +506,58 @@ impl World {
         Ok(())
     }
 
+    /// Takes and deletes a snapshot for users, on both sides.
+    fn turn_snapshot(&mut self) -> Outcome {
+        let store = Arc::clone(&self.primary.store);
+        // A crash may have lost the last one.
+        let (volume, done) = match self.snapshot.take().filter(|(id, ..)| store.snapshot(*id).is_some()) {
+            Some((id, volume, _)) => (volume, store.drop_snapshot(id, 1).map(|_| None)),
+            None => {
+                let (volume, name) =
+                    (*VOLUMES.choose(&mut self.rng).expect("two"), self.rng.random::<u64>().to_string());
+                let made = store.take_snapshot(GroupId(volume.0), &name, 1);
+                (volume, made.map(|(snapshot, _)| Some(snapshot.id)))
+            }
+        };
+        match done {
+            Ok(Some(id)) => {
+                self.snapshot = Some((id, volume, (0..BLOCKS).map(|block| self.newest(volume, block)).collect()));
+                self.count("snapshots");
+            }
+            Ok(None) => {}
+            // One that could not be deleted stays, and is not looked at any more.
+            Err(SnapshotError::Submit(SubmitError::StagingFull { .. } | SubmitError::Space(_))) => {
+                self.primary.checkpoint()
+            }
+            Err(error) => return Err(broken(error.to_string())),
+        }
+        Ok(())
+    }
+
+    /// Mends a version that only snapshots of one side see from a snapshot of the other side.
+    fn mend_version(&mut self) -> Outcome {
+        let error = |e: understudy_common::pool::PoolError| broken(e.to_string());
+        let (mine, other) = match self.rng.random() {
+            true => (&self.primary.store, &self.backup.store),
+            false => (&self.backup.store, &self.primary.store),
+        };
+        let damaged = mine.damaged().into_iter().filter(|(_, owner)| *owner == Owner::Snapshot);
+        let Some((suspect, _)) = damaged.choose(&mut self.rng) else { return Ok(()) };
+        let Some(id) = mine.mirrored_sight(suspect).map_err(error)? else { return Ok(()) };
+        let Ok(reader) = other.snapshot_reader(id, suspect.volume) else { return Ok(()) };
+        // It may not have applied the snapshot yet.
+        let Ok(data) = reader.read(suspect.block, 1) else { return Ok(()) };
+        if mine.mend_version(suspect, &data).map_err(error)? == Mended::Yes {
+            self.count("versions of snapshots mended");
+        }
+        Ok(())
+    }
+
     /// One step of a repair.
     fn mend(&mut self) -> Outcome {
+        if self.rng.random_bool(0.2) {
+            return self.mend_version();
+        }
         if let Some((repair, volume, block, data)) = self.repair.take() {
             if data.is_none() && self.rng.random_bool(0.8) {
                 // The backup answers now, whatever has come in between.
@@ -668,6 +727,26 @@ impl World {
                         let role = side.role;
                         return Err(broken(format!("the {role} at rest: volume {volume} block {block} is an old one")));
                     }
+                }
+            }
+        }
+        self.check_snapshot()
+    }
+
+    /// The snapshot is on both sides what it was taken of.
+    fn check_snapshot(&self) -> Outcome {
+        let Some((id, volume, content)) = &self.snapshot else { return Ok(()) };
+        if self.primary.store.snapshot(*id).is_none() {
+            return Ok(());
+        }
+        for side in [&self.primary, &self.backup] {
+            let role = side.role;
+            let reader = side.store.snapshot_reader(*id, *volume);
+            let reader = reader.map_err(|e| broken(format!("snapshot {id} of the {role}: {e}")))?;
+            for (block, content) in (0..).zip(content) {
+                let read = reader.read(block, 1).map_err(|e| broken(format!("snapshot {id} of the {role}: {e}")))?;
+                if read != content {
+                    return Err(broken(format!("block {block} of snapshot {id} of the {role} is another one")));
                 }
             }
         }

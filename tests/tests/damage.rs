@@ -12,8 +12,8 @@ use anyhow::{Context as _, Result, ensure};
 use tonic::{Code, transport::Channel};
 use understudy_common::proxy::Link;
 use understudy_proto::v1::{
-    self, AckRule, AwayRule, block_service_client::BlockServiceClient,
-    replication_service_client::ReplicationServiceClient,
+    self, AckRule, AwayRule, backup_service_client::BackupServiceClient, block_service_client::BlockServiceClient,
+    replication_service_client::ReplicationServiceClient, volume_service_client::VolumeServiceClient,
 };
 use understudy_tests::process::{
     PATIENCE, Role, bin_dir,
@@ -61,6 +61,27 @@ async fn verify(client: &mut ReplicationServiceClient<Channel>, repair: bool) ->
     Ok(told)
 }
 
+/// Has both sides scrubbed until both have found one block, and mended it.
+async fn one_is_found_on_each_side_and_mended(
+    client: &mut ReplicationServiceClient<Channel>,
+    load: &mut Load,
+) -> Result<()> {
+    scrub(client, true).await?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let found = scrub(client, false).await?;
+        let (primary, backup) = (found.primary.unwrap_or_default(), found.backup.unwrap_or_default());
+        let mended = found.primary_damaged.is_empty() && found.backup_damaged.is_empty();
+        if !primary.running && !backup.running && mended {
+            ensure!((primary.damaged_blocks, backup.damaged_blocks) == (1, 1), "{primary:?}, {backup:?}");
+            ensure!(primary.completed_unix_ms > 0 && primary.done_bytes > 0, "{primary:?}");
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "not mended after {PATIENCE:?}: {primary:?}, {backup:?}, {found:?}");
+        load.progress(20, Duration::from_secs(1)).await?;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn flipped_bits_under_load_are_found_mended_and_never_spread() -> Result<()> {
     let seed = seed(1);
@@ -78,25 +99,40 @@ async fn flipped_bits_under_load_are_found_mended_and_never_spread() -> Result<(
     let mut load = Load::start(seed, &["busy"], WRITERS);
     load.serve(Some(channel.clone()));
     load.progress(200, Duration::from_secs(5)).await?;
-    let mut client = ReplicationServiceClient::new(channel);
+    let mut client = ReplicationServiceClient::new(channel.clone());
 
     // One block of each side, and a scrub: each is found on its side, and mended from the other.
     flip(&pair.data_dir(Role::Primary), &content(3)).await?;
     flip(&pair.data_dir(Role::Backup), &content(5)).await?;
-    scrub(&mut client, true).await?;
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let found = scrub(&mut client, false).await?;
-        let (primary, backup) = (found.primary.unwrap_or_default(), found.backup.unwrap_or_default());
-        let mended = found.primary_damaged.is_empty() && found.backup_damaged.is_empty();
-        if !primary.running && !backup.running && mended {
-            ensure!((primary.damaged_blocks, backup.damaged_blocks) == (1, 1), "{primary:?}, {backup:?}");
-            ensure!(primary.completed_unix_ms > 0 && primary.done_bytes > 0, "{primary:?}");
-            break;
-        }
-        ensure!(Instant::now() < deadline, "not mended after {PATIENCE:?}: {primary:?}, {backup:?}, {found:?}");
-        load.progress(20, Duration::from_secs(1)).await?;
+    one_is_found_on_each_side_and_mended(&mut client, &mut load).await?;
+
+    // The same of versions that only a snapshot sees.
+    let mut volumes = VolumeServiceClient::new(channel);
+    let (group, name) = ("still".to_owned(), "kept".to_owned());
+    volumes.snapshot(v1::SnapshotRequest { group: group.clone(), name: name.clone() }).await?;
+    let newer = |block: u64| fill(8, usize::try_from(block).expect("few"), 2);
+    for block in [20, 21] {
+        let (volume, offset_bytes, data) = (group.clone(), block * BLOCK_BYTES as u64, newer(block));
+        blocks.write_block(v1::WriteBlockRequest { volume, offset_bytes, data, ..Default::default() }).await?;
     }
+    flip(&pair.data_dir(Role::Primary), &content(20)).await?;
+    flip(&pair.data_dir(Role::Backup), &content(21)).await?;
+    one_is_found_on_each_side_and_mended(&mut client, &mut load).await?;
+    let mut backup = BackupServiceClient::new(pair.node(Role::Backup)?.channel()?);
+    for block in [20, 21] {
+        let (offset_bytes, length_bytes) = (block * BLOCK_BYTES as u64, BLOCK_BYTES as u64);
+        let (volume, snapshot) = (group.clone(), name.clone());
+        let request = v1::ReadBlocksRequest { volume, offset_bytes, length_bytes, snapshot, ..Default::default() };
+        let read = blocks.read_blocks(request).await?.into_inner().message().await?.and_then(|read| read.content);
+        let whole = v1::read_blocks_response::Content::Data(content(block));
+        ensure!(read == Some(whole), "block {block} of the primary's snapshot: {read:?}");
+        let (volume, snapshot) = (group.clone(), name.clone());
+        let request = v1::ReadImageRequest { volume, offset_bytes, length_bytes, snapshot, ..Default::default() };
+        let read = backup.read_blocks(request).await?.into_inner().message().await?.and_then(|read| read.content);
+        let whole = v1::read_image_response::Content::Data(content(block));
+        ensure!(read == Some(whole), "block {block} of the backup's snapshot: {read:?}");
+    }
+    volumes.delete_snapshot(v1::DeleteSnapshotRequest { group, snapshot: name }).await?;
 
     // Nothing differs, whatever is written meanwhile.
     for _ in 0..3 {
@@ -127,8 +163,8 @@ async fn flipped_bits_under_load_are_found_mended_and_never_spread() -> Result<(
     for name in ["still", "busy"] {
         let image = pair.read_image(Role::Primary, name).await?;
         ensure!(image == pair.read_image(Role::Backup, name).await?, "the images of {name} differ");
-        let whole =
-            name == "busy" || (0..BLOCKS).all(|n| image.chunks(BLOCK_BYTES).any(|block| *block == content(n)[..]));
+        let now = |n: u64| if n == 20 || n == 21 { newer(n) } else { content(n) };
+        let whole = name == "busy" || (0..BLOCKS).all(|n| image.chunks(BLOCK_BYTES).any(|block| *block == now(n)[..]));
         ensure!(whole, "a block of {name} is not what was written");
     }
 

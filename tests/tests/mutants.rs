@@ -102,6 +102,7 @@ const RUN_DATA: &str = "not in the image at its cut";
 mutants! {
     sim::run_delta:
     a_write_that_does_not_mark_is_caught => NoMark, [UNMARKED];
+    a_shrink_that_drops_marks_is_caught => ShrinkDropsMarks, [UNMARKED];
     a_table_of_one_set_is_caught => NoFrozenSet, [UNMARKED];
     a_switch_that_marks_nothing_is_caught => SwitchWithoutMarks, [UNMARKED];
     trimming_before_a_switch_is_held_is_caught => TrimBeforeSwitch, [UNMARKED, "was trimmed from the journal"];

@@ -3,12 +3,15 @@
 //!
 //! `UNDERSTUDY_BIN_DIR` names the binaries to test.
 
-use std::process::Output;
+use std::{
+    process::Output,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, ensure};
 use understudy_common::proxy::Link;
 use understudy_proto::v1::{self, AckRule, AwayRule};
-use understudy_tests::process::{Role, bin_dir, duo::Duo, load};
+use understudy_tests::process::{PATIENCE, Role, bin_dir, duo::Duo, load};
 
 const VOLUME: &str = "data";
 
@@ -143,4 +146,59 @@ async fn a_change_of_role_is_not_made_twice_and_the_wrong_binary_is_refused() ->
         scene.duo.run(node, now).await?;
     }
     scene.goes_on(1, 5).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_cut_to_what_holds_data_and_not_further() -> Result<()> {
+    let mut scene = Scene::start().await?;
+    let urls = [scene.url(0)?, scene.url(1)?];
+    let urls = urls.each_ref().map(String::as_str);
+    let done = async |args: &[&str]| -> Result<()> {
+        let output = understudy(&urls, args).await?;
+        ensure!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    };
+    let size = async |scene: &Scene| -> Result<usize> { Ok(scene.duo.identical(0, VOLUME).await?.len()) };
+    scene.duo.write(0, VOLUME, 60, 6).await?;
+    let below = ["volume", "resize", VOLUME, "--size", "128KiB"];
+    scene.refused(&urls, &below, &["data behind the new end, the first at byte 245760", "discard it"]).await?;
+    scene.refused(&urls, &["volume", "resize", VOLUME, "--size", "0"], &["size"]).await?;
+    done(&["snapshot", "create", "data@larger"]).await?;
+
+    // In continuous mode the record travels.
+    done(&["volume", "resize", VOLUME, "--size", "128KiB", "--discard"]).await?;
+    scene.duo.until_joined(0).await?;
+    ensure!(size(&scene).await? == 128 << 10, "it is not cut");
+    scene.refused(&urls, &["read", VOLUME, "--offset", "245760", "--length", "4096"], &["245760"]).await?;
+    scene.refused(&urls, &["snapshot", "restore", "data@larger"], &["262144", "131072", "resize it first"]).await?;
+    scene.goes_on(0, 2).await?;
+
+    // Cut and larger again behind a link that is down: of both the backup hears nothing but the size.
+    scene.duo.write(0, VOLUME, 30, 7).await?;
+    scene.duo.until_joined(0).await?;
+    scene.duo.doors[1].set(Link::Cut);
+    scene.duo.until(0, "delta mode", |s| s.volumes.iter().all(|v| v.mode() == v1::Mode::Delta)).await?;
+    done(&["volume", "resize", VOLUME, "--size", "64KiB", "--discard"]).await?;
+    done(&["volume", "resize", VOLUME, "--size", "128KiB"]).await?;
+    scene.duo.doors[1].set(Link::Open);
+    scene.goes_on(0, 3).await?;
+    let image = scene.duo.identical(0, VOLUME).await?;
+    ensure!(image[64 << 10..].iter().all(|byte| *byte == 0), "what was cut off is back");
+
+    // The snapshot is as large as it was, and can be gone back to.
+    scene.duo.kill(0);
+    let (dead, promoted) = (String::from("http://127.0.0.1:1"), scene.url(1)?);
+    let output = understudy(&[&dead, &promoted], &["promote", "--force", "--at", "larger"]).await?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    scene.duo.again(1, Role::Primary).await?;
+    // It is served when all of it is copied.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match scene.duo.read(1, VOLUME, 60).await {
+            Ok(block) => break ensure!(block == load::fill(0, 60, 6), "the snapshot's block is not back"),
+            Err(status) => ensure!(Instant::now() < deadline, "not served: {status}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use tonic::{Code, Status};
+use understudy_common::proxy::Link;
 use understudy_proto::v1::{
     self, AckRule, AwayRule, backup_service_client::BackupServiceClient, block_service_client::BlockServiceClient,
     read_blocks_response, read_image_response, replication_service_client::ReplicationServiceClient,
@@ -23,7 +24,10 @@ struct World {
 
 impl World {
     async fn start() -> Result<Self> {
-        let pair = Pair::start().await?;
+        Self::of(Pair::start().await?).await
+    }
+
+    async fn of(pair: Pair) -> Result<Self> {
         pair.create_volume("data", BLOCKS, AckRule::Staged, AwayRule::Degrade).await?;
         let image = vec![0; usize::try_from(BLOCKS * BLOCK)?];
         Ok(Self { pair, image })
@@ -243,5 +247,45 @@ async fn a_restore_that_a_crash_interrupts_goes_on_and_the_volume_is_not_served_
     }
     assert!(finished);
     assert!(world.read_primary("copy", "").await? == vec![9; usize::try_from(BLOCKS * BLOCK)?]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_snapshot_is_not_deleted_while_a_volume_is_filled_from_it() -> Result<()> {
+    let args = ["--staging-capacity", "16MiB", "--limits-queue-wait", "100ms", "--policy-criteria", "none"];
+    let mut world = World::of(Pair::start_with(&args).await?).await?;
+    world.write(0, 3, 1).await?;
+    world.take("good").await?;
+    let was = world.image.clone();
+    world.write(0, 1, 9).await?;
+    world.pair.wait_caught_up().await?;
+
+    // No room in the journal: the restore waits for it.
+    world.pair.create_volume("filler", 65536, AckRule::Staged, AwayRule::Degrade).await?;
+    world.pair.link.set(Link::Cut);
+    let mut blocks = BlockServiceClient::new(world.pair.node(Role::Primary)?.channel()?);
+    let full = loop {
+        let (volume, data) = ("filler".to_owned(), vec![7; 128 << 10].into());
+        if let Err(status) = blocks.write_block(v1::WriteBlockRequest { volume, data, ..Default::default() }).await {
+            break status;
+        }
+    };
+    assert_eq!(full.code(), Code::ResourceExhausted, "{full}");
+    let mut progress = world.restore("good").await?;
+    let refused = world.delete("good").await.err().context("it was deleted under the restore")?;
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    assert!(refused.message().contains("being filled from the snapshot"), "{refused}");
+
+    world.pair.link.set(Link::Open);
+    let mut finished = false;
+    while let Some(now) = progress.message().await? {
+        finished = now.finished;
+    }
+    assert!(finished);
+    world.delete("good").await?;
+    assert!(world.read_primary("data", "").await? == was);
+    world.pair.wait_caught_up().await?;
+    assert!(world.read_backup("").await? == was);
+    assert_eq!(world.on_backup().await?, Vec::<String>::new());
     Ok(())
 }

@@ -129,6 +129,13 @@ impl<N: ReplicaNode> ReplicaService for ReplicaFrontend<N> {
     ) -> Result<Response<v1::FetchBlockResponse>, Status> {
         Ok(Response::new(self.0.node.fetch_block(request.into_inner()).await?))
     }
+
+    async fn mend_block(
+        &self,
+        request: Request<v1::MendBlockRequest>,
+    ) -> Result<Response<v1::MendBlockResponse>, Status> {
+        Ok(Response::new(self.0.node.mend_block(request.into_inner()).await?))
+    }
 }
 
 /// Batches go to the node in their order, at most [`BATCHES`] ahead of their answers.

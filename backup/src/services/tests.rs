@@ -116,6 +116,10 @@ impl ReplicaNode for Memory {
         Err(NodeError::Damaged { volume: request.volume_id.to_string(), block: request.block })
     }
 
+    async fn mend_block(&self, request: v1::MendBlockRequest) -> Result<v1::MendBlockResponse, NodeError> {
+        Ok(v1::MendBlockResponse { session: request.session, mended: false })
+    }
+
     async fn snapshots(&self, _: Option<&str>) -> Result<Vec<v1::SnapshotInfo>, NodeError> {
         Ok(Vec::new())
     }

@@ -11,6 +11,9 @@ use crate::args::{Global, Usage, VolumeCommand};
 use crate::convert;
 use crate::output::{print_json, print_line, size, table};
 
+/// Bytes that one call discards.
+const DISCARD_BYTES: u64 = 1 << 30;
+
 pub(crate) async fn run(global: &Global, command: VolumeCommand) -> Result<()> {
     let volumes = global.primary_client()?.volumes();
     let named = |volume: String| GetVolumeRequest { volume_id: 0, volume };
@@ -22,8 +25,15 @@ pub(crate) async fn run(global: &Global, command: VolumeCommand) -> Result<()> {
             volumes.create(CreateVolumeRequest { name, size_bytes: size, block_bytes, group, ack, away }).await?
         }
         VolumeCommand::Show { name } => volumes.find(named(name)).await?,
-        VolumeCommand::Resize { name, size } => {
-            volumes.resize(ResizeVolumeRequest { volume_id: 0, volume: name, size_bytes: size }).await?
+        VolumeCommand::Resize { name, size, discard } => {
+            let volume = volumes.find(named(name)).await?;
+            if discard {
+                discard_behind(global, &volume, size).await?;
+            }
+            // By id: a volume of the same name that someone makes meanwhile is another one.
+            volumes
+                .resize(ResizeVolumeRequest { volume_id: volume.id, volume: String::new(), size_bytes: size })
+                .await?
         }
         VolumeCommand::SetAck { name, ack, away } => {
             let ack = AckRule::from(ack).into();
@@ -50,6 +60,21 @@ pub(crate) async fn run(global: &Global, command: VolumeCommand) -> Result<()> {
         }
     };
     if global.json { print_json(&convert::volume(&volume)) } else { print_line(&volume_table(&[volume])) }
+}
+
+/// What cannot be the volume's new size is told before anything is discarded.
+async fn discard_behind(global: &Global, volume: &Volume, size: u64) -> Result<()> {
+    if size == 0 || !size.is_multiple_of(u64::from(volume.block_bytes)) {
+        return Err(Usage(format!("--size must be a number of whole blocks of {} bytes", volume.block_bytes)).into());
+    }
+    let handle = global.primary_client()?.volume(&volume.name).await?;
+    let mut at = size;
+    while at < volume.size_bytes {
+        let step = (volume.size_bytes - at).min(DISCARD_BYTES);
+        handle.discard(at, step).await?;
+        at += step;
+    }
+    Ok(())
 }
 
 /// The wire has 32 bits for it; the server checks the rest.

@@ -107,8 +107,8 @@ impl DeltaTable {
         self.frozen.take()
     }
 
-    /// The volume has `blocks` blocks from now on. Marks above go from the active set; the open run keeps its own, since
-    /// it reads and commits the volume as of its cut. If the volume grows again, the blocks it gains are to be marked.
+    /// A hazard, for [`crate::mutant::Mutant::ShrinkDropsMarks`]: marks from block `blocks` on go, before it is durable that
+    /// the volume ends there.
     pub fn truncate(&mut self, blocks: u64) {
         self.active.truncate(blocks);
     }
@@ -116,12 +116,6 @@ impl DeltaTable {
     /// A hazard, for [`crate::mutant::Mutant::ClearWhenSent`]: the open run's blocks below `end` lose their marks.
     pub fn forget_frozen(&mut self, end: u64) {
         self.frozen.remove_range(0, end);
-    }
-
-    /// The volume never had more than `blocks` blocks: records that said so are lost.
-    pub fn clip(&mut self, blocks: u64) {
-        self.active.truncate(blocks);
-        self.frozen.truncate(blocks);
     }
 
     /// Blocks written since the last cut.

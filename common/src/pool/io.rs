@@ -20,6 +20,7 @@ use smallvec::SmallVec;
 
 use super::{
     device::{Device, SLOT_BYTES},
+    error::DeviceError,
     owned::Owned,
     read::Piece,
 };
@@ -265,6 +266,35 @@ impl PoolIo {
             }
         }
         bad
+    }
+
+    /// Writes a damaged block version anew where it lies, if `data` has the checksum that is stored for it: nothing else does
+    /// that the maps could name there. False if it has not. The next checkpoint syncs it; lost before, it is damaged as
+    /// before. Keep the applier still, and a read ticket from before `owned` was looked up.
+    ///
+    /// # Errors
+    /// The device fails.
+    ///
+    /// # Panics
+    /// If `owned` is not one block, or `data` has another size.
+    pub fn mend(&self, owned: &Owned, data: &[u8]) -> Result<bool, DeviceError> {
+        let block_bytes = owned.block_size.bytes() as usize;
+        assert!(owned.blocks.count_ones() == 1 && data.len() == block_bytes, "one block");
+        let (index, number) = (owned.segment.index(), owned.segment.device());
+        let failed = |path: &str, source| DeviceError::Io { number, path: path.to_owned(), source };
+        let device = self.device(owned.segment).map_err(|source| failed("?", source))?;
+        let slot = u64::from(owned.blocks.trailing_zeros());
+        let mut stored = [0; 4];
+        let read = device.file.read_exact_at(&mut stored, device.layout.slot_offset(index) + 4 * slot);
+        read.map_err(|source| failed(&device.path, source))?;
+        if u32::from_le_bytes(stored) ^ mix(owned.volume, owned.base + slot) != crc32c(data) {
+            return Ok(false);
+        }
+        let offset = device.layout.data_offset(index) + slot * block_bytes as u64;
+        let written = self.guarded(|| device.file.write_all_at(data, offset));
+        written.map_err(|source| failed(&device.path, source))?;
+        device.mark_dirty();
+        Ok(true)
     }
 
     fn drop_cache(&self, owned: &Owned, first_block: u64, count: u64) {

@@ -115,15 +115,6 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes a volume exactly so large; blocks behind the new end must be holes of the head.
-    ///
-    /// # Errors
-    /// It does not exist.
-    pub fn set_size(&mut self, id: VolumeId, size_bytes: u64) -> Result<(), PoolError> {
-        self.volume_mut(id)?.spec.size_bytes = size_bytes;
-        Ok(())
-    }
-
     /// Deletes a volume and its snapshots; the sweep frees them.
     ///
     /// # Errors

@@ -280,7 +280,10 @@ pub(super) fn plan_record(pool: &mut Pool, record: &Record, plan: &mut IoPlan) -
         Op::Zero(range) => pool.plan_zero(range.volume, range.first, range.count),
         Op::Control(control) => match control {
             Control::CreateVolume { spec, .. } => pool.create_volume(spec),
-            Control::ResizeVolume { volume, size_bytes } => grow(pool, *volume, *size_bytes),
+            Control::ResizeVolume { volume, size_bytes } => {
+                cut(pool, *volume, *size_bytes)?;
+                grow(pool, *volume, *size_bytes)
+            }
             Control::DeleteVolume { volume } => pool.delete_volume(*volume),
             Control::SetAckRule { .. } => Ok(()),
             Control::CreateSnapshot { layers } | Control::VerifySnapshot { layers, .. } => {
@@ -298,11 +301,10 @@ pub(super) fn plan_record(pool: &mut Pool, record: &Record, plan: &mut IoPlan) -
             Control::Cut { layers, .. } => layers.iter().try_for_each(|(v, l)| pool.create_snapshot(*v, *l)),
             Control::Clear { layers, .. } | Control::AbortRun { layers, .. } => delete_snapshots(pool, layers),
             Control::BeginRun { run } => begin_run(pool, run),
-            Control::Promote { layers, delete, sizes, .. } => {
+            Control::Promote { layers, delete, .. } => {
                 layers.iter().try_for_each(|(volume, layer)| pool.roll_back(*volume, *layer))?;
                 layers.iter().try_for_each(|(_, layer)| pool.delete_snapshot(*layer))?;
-                delete.iter().try_for_each(|volume| pool.delete_volume(*volume))?;
-                sizes.iter().try_for_each(|(volume, size_bytes)| pool.set_size(*volume, *size_bytes))
+                delete.iter().try_for_each(|volume| pool.delete_volume(*volume))
             }
             Control::CommitRun { delete, layers, .. } => {
                 delete.iter().try_for_each(|volume| pool.delete_volume(*volume))?;
@@ -323,8 +325,14 @@ fn delete_snapshots(pool: &mut Pool, layers: &[LayerId]) -> Result<(), PoolError
     })
 }
 
-/// Makes a volume so large, if it is not: one that a run has cut to a smaller size keeps its place in the pool, for who
-/// still reads the image from before.
+/// Frees what the head of a volume has behind `size_bytes`. The volume keeps its place in the pool, for who reads an image
+/// from before.
+fn cut(pool: &mut Pool, volume: VolumeId, size_bytes: u64) -> Result<(), PoolError> {
+    let (blocks, kept) = (pool.block_count(volume), size_bytes / pool.block_bytes(volume)?);
+    if kept < blocks { pool.plan_zero(volume, kept, blocks - kept) } else { Ok(()) }
+}
+
+/// Makes a volume so large, if it is not: it may have been larger before.
 fn grow(pool: &mut Pool, volume: VolumeId, size_bytes: u64) -> Result<(), PoolError> {
     if size_bytes / pool.block_bytes(volume)? <= pool.block_count(volume) {
         return Ok(());
@@ -335,12 +343,7 @@ fn grow(pool: &mut Pool, volume: VolumeId, size_bytes: u64) -> Result<(), PoolEr
 fn begin_run(pool: &mut Pool, run: &BeginRun) -> Result<(), PoolError> {
     run.delete.iter().try_for_each(|volume| pool.delete_volume(*volume))?;
     run.layers.iter().try_for_each(|(volume, layer)| pool.create_snapshot(*volume, *layer))?;
-    for (volume, size_bytes) in &run.shrink {
-        let (blocks, kept) = (pool.block_count(*volume), size_bytes / pool.block_bytes(*volume)?);
-        if kept < blocks {
-            pool.plan_zero(*volume, kept, blocks - kept)?;
-        }
-    }
+    run.shrink.iter().try_for_each(|(volume, size_bytes)| cut(pool, *volume, *size_bytes))?;
     run.create.iter().try_for_each(|spec| pool.create_volume(spec))?;
     run.grow.iter().try_for_each(|(volume, size_bytes)| grow(pool, *volume, *size_bytes))
 }

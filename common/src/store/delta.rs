@@ -161,6 +161,12 @@ impl Side {
                 if old < new && is_unknown_ground(state, retained, spec.group, lsn) {
                     self.mark(*volume, old, new - old);
                 }
+                if new < old
+                    && Mutant::ShrinkDropsMarks.on()
+                    && let Some(table) = self.tables.get_mut(volume)
+                {
+                    table.truncate(new);
+                }
             }
             Control::Promote { former, drop, .. } => {
                 self.pins.clear();
@@ -289,8 +295,8 @@ impl Side {
         std::mem::take(&mut self.spent)
     }
 
-    /// Behind the last record of recovery: what is not in delta mode has no marks, and what a lost record has made or
-    /// grown is not there.
+    /// Behind the last record of recovery: what is not in delta mode has no marks, and what a lost record has made is not
+    /// there. Marks behind the end of a volume stay: see [`super::shrink`].
     pub fn on_recovered(&mut self, state: &NodeState) {
         let lost = |volume: &VolumeId| !state.volumes.contains_key(volume);
         self.stale.extend(self.tables.extract_if(.., |volume, _| lost(volume)).map(|(volume, _)| volume));
@@ -299,8 +305,6 @@ impl Side {
             if state.groups.get(&spec.group).is_none_or(|g| g.mode.is_continuous()) {
                 // New, it takes the place of what is stored.
                 *table = DeltaTable::new();
-            } else {
-                table.clip(spec.block_count());
             }
         }
     }

@@ -33,6 +33,7 @@ mod retained;
 mod role;
 mod scrub;
 pub mod setup;
+mod shrink;
 mod snapshot;
 #[cfg(test)]
 mod testing;
@@ -65,7 +66,8 @@ pub use recovery::{OpenError, Recovery};
 pub use replica::{NewRun, RunContent};
 pub use retained::{GroupRetained, LaneRetained, LaneSpan, Retained};
 pub use role::{Back, Promoted, Promotion, RoleError, demote_stopped, role_of};
-pub use scrub::{Checked, Repair, ScrubJob, Suspect};
+pub use scrub::{Checked, Mended, Repair, ScrubJob, Suspect};
+pub use shrink::ShrinkError;
 pub use snapshot::SnapshotError;
 
 use crate::{

@@ -30,7 +30,7 @@ use crate::{
     record::Control,
     state::{GroupState, NodeState, Snapshot},
     storage::Storage,
-    types::{GroupId, Position, SnapshotId, Uid, VolumeId},
+    types::{GroupId, Position, SnapshotId, Uid, VolumeId, VolumeSpec},
 };
 
 use super::{
@@ -424,12 +424,19 @@ impl Store {
             layers: if Mutant::PromoteWithoutRollBack.on() { Vec::new() } else { layers.collect() },
             delete: unseen.filter(|id| !state.volumes.contains_key(id)).collect(),
             drop: state.groups.values().filter(|g| !g.consistent).map(|g| g.id).collect(),
-            sizes: state.volumes.values().map(|spec| (spec.id, spec.size_bytes)).collect(),
         };
         self.submit_control_locked(&mut front, GroupId::default(), control, 0)?;
         for id in back {
             let Some(snapshot) = front.state.snapshots.get(id) else { continue };
             let volumes = snapshot.layers.iter().map(|(volume, _)| (*volume, *volume)).collect();
+            let known = |was: &VolumeSpec| front.state.volumes.get(&was.id).map(|spec| (spec.group, spec.size_bytes));
+            let smaller = snapshot.specs.iter().filter_map(|was| Some((was, known(was)?)));
+            let smaller = smaller.filter(|(was, (_, size_bytes))| *size_bytes < was.size_bytes);
+            let smaller: Vec<_> = smaller.map(|(was, (group, _))| (group, was.id, was.size_bytes)).collect();
+            for (group, volume, size_bytes) in smaller {
+                let control = Control::ResizeVolume { volume, size_bytes };
+                self.submit_control_locked(&mut front, group, control, 0)?;
+            }
             let control = Control::BeginRestore { snapshot: *id, volumes };
             self.submit_control_locked(&mut front, GroupId::default(), control, 0)?;
         }

@@ -9,6 +9,8 @@
 //!   no write of the block and no change of the catalogue in between ([`super::Watch`]). A retained record and a mark are
 //!   all by which the sides may differ, so what the backup answers is what the block held all that time.
 //! - To mend the backup, the primary writes what it holds once more: to a reader that changes nothing.
+//! - A version that only snapshots see never changes, so it is mended where it lies: with what the other side reads from a
+//!   mirrored snapshot that sees it, and only if that has the checksum which is stored for the version.
 //!
 //! Deliberately absent: when to scrub and how fast (`crate::scrub`), and the call to the backup.
 
@@ -20,7 +22,7 @@ use crate::{
     mutant::Mutant,
     pool::{Owned, OwnedPlace, Owner, PoolError, PoolIo, ReadTicket},
     record::block_crcs,
-    types::{BlockRange, LayerId, SegmentId, VolumeId},
+    types::{BlockRange, LayerId, SegmentId, SnapshotId, VolumeId},
 };
 
 use super::{Change, Front, ModifyError, Store, SubmitError, Submitted, Watch};
@@ -52,6 +54,17 @@ pub enum Checked {
     Sound,
     /// It is damaged, and listed.
     Damaged(Owner),
+}
+
+/// What became of mending a version that only snapshots see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mended {
+    /// A job of the applier is under way: try again.
+    Busy,
+    /// It is written anew, and to be looked at once more.
+    Yes,
+    /// Nothing was written: it is another version, or nobody owns it any more.
+    No,
 }
 
 /// What is known to be damaged.
@@ -209,6 +222,67 @@ impl Store {
         Ok(suspects)
     }
 
+    /// A snapshot that sees this version and that the backup holds as well: the other side can mend it from there.
+    ///
+    /// # Errors
+    /// The segment map cannot be read.
+    pub fn mirrored_sight(&self, suspect: Suspect) -> Result<Option<SnapshotId>, PoolError> {
+        let layers: Vec<(SnapshotId, LayerId)> = self.with_state(|state| {
+            let mirrored = state.snapshots.values().filter(|snapshot| snapshot.mirrored);
+            mirrored.filter_map(|s| s.volume(suspect.volume).map(|(_, layer)| (s.id, layer))).collect()
+        });
+        for (id, layer) in layers {
+            match self.pool.lock().place_of(suspect.volume, Some(layer), suspect.block) {
+                Ok(Some(segment)) if segment == suspect.segment => return Ok(Some(id)),
+                Ok(_) | Err(PoolError::NoVolume(_) | PoolError::Range { .. } | PoolError::NoSnapshot(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// The version of a block that snapshot `id` sees, where it lies.
+    ///
+    /// # Errors
+    /// The segment map cannot be read.
+    pub fn seen_by_snapshot(&self, id: SnapshotId, volume: VolumeId, block: u64) -> Result<Option<Suspect>, PoolError> {
+        let layer = self.with_state(|state| Some(state.snapshots.get(&id)?.volume(volume)?.1));
+        let Some(layer) = layer else { return Ok(None) };
+        match self.pool.lock().place_of(volume, Some(layer), block) {
+            Ok(segment) => Ok(segment.map(|segment| Suspect { volume, block, segment })),
+            Err(PoolError::NoVolume(_) | PoolError::Range { .. } | PoolError::NoSnapshot(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Mends a version that only snapshots see with what the other side read from one of them.
+    ///
+    /// # Errors
+    /// The segment map cannot be read, or the device fails.
+    pub fn mend_version(&self, suspect: Suspect, data: &[u8]) -> Result<Mended, PoolError> {
+        let applier = self.applier.lock();
+        if applier.in_flight {
+            return Ok(Mended::Busy);
+        }
+        let (found, ticket) = {
+            let mut pool = self.pool.lock();
+            (pool.owner_of(suspect.volume, suspect.block, suspect.segment)?, pool.begin_read())
+        };
+        let mended = match found {
+            Some((Owner::Snapshot, owned)) if data.len() == owned.block_size.bytes() as usize => {
+                self.io.mend(&owned, data).map_err(PoolError::from)
+            }
+            _ => Ok(false),
+        };
+        self.pool.lock().end_read(ticket);
+        drop(applier);
+        if !mended? {
+            return Ok(Mended::No);
+        }
+        self.damage.lock().known.entry(suspect).and_modify(|(_, written)| *written = true);
+        Ok(Mended::Yes)
+    }
+
     /// Begins the repair of a block of the head from the backup of the session that is open, unless the backup may hold
     /// another version.
     #[must_use]
@@ -292,5 +366,66 @@ impl Front {
             return false;
         };
         !self.delta.differs(spec.group, volume, block) || Mutant::RepairUnproven.on()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        storage::sim::SimStorage,
+        store::testing::{commit, create, open, write},
+        types::GroupId,
+    };
+
+    const V: VolumeId = VolumeId(1);
+    const OLD: [u8; 512] = [7; 512];
+
+    /// Block 3 was written, a snapshot taken, and the block written over; its old version has a flipped bit.
+    fn made() -> (Arc<Store>, SnapshotId, Suspect) {
+        let disk = SimStorage::new(1);
+        let store = open(Arc::new(disk.clone()), 1);
+        create(&store, 1);
+        write(&store, 1, 3, 7);
+        let (snapshot, _) = store.take_snapshot(GroupId(1), "s", 5).unwrap();
+        commit(&store);
+        write(&store, 1, 3, 8);
+        let seen = store.seen_by_snapshot(snapshot.id, V, 3).unwrap().unwrap();
+        let bytes = disk.read_all("pool-0").unwrap();
+        let at = bytes.chunks_exact(512).position(|block| *block == OLD).unwrap() as u64;
+        disk.corrupt("pool-0", at * 512 + 5, 1);
+        assert_eq!(store.check_suspect(seen).unwrap(), Checked::Damaged(Owner::Snapshot));
+        (store, snapshot.id, seen)
+    }
+
+    #[test]
+    fn a_version_of_a_snapshot_is_mended_where_it_lies_and_with_nothing_else() {
+        let (store, snapshot, seen) = made();
+        assert_eq!(store.mirrored_sight(seen).unwrap(), Some(snapshot));
+        for other in [&[8; 512][..], &[0; 512], &OLD[..511]] {
+            assert_eq!(store.mend_version(seen, other).unwrap(), Mended::No);
+        }
+        assert_eq!(store.check_suspect(seen).unwrap(), Checked::Damaged(Owner::Snapshot));
+        assert_eq!(store.mend_version(seen, &OLD).unwrap(), Mended::Yes);
+        assert_eq!(store.maybe_mended().unwrap(), [seen]);
+        assert_eq!(store.check_suspect(seen).unwrap(), Checked::Sound);
+        assert_eq!(store.snapshot_reader(snapshot, V).unwrap().read(3, 1).unwrap()[..], OLD);
+        assert_eq!(store.read(V, 3, 1).unwrap().data[..], [8; 512]);
+    }
+
+    #[test]
+    fn a_version_that_nobody_owns_any_more_is_left_alone() {
+        let (store, snapshot, seen) = made();
+        store.drop_snapshot(snapshot, 6).unwrap();
+        commit(&store);
+        while store.sweep() {}
+        assert_eq!(store.mend_version(seen, &OLD).unwrap(), Mended::No);
+        assert_eq!(store.mirrored_sight(seen).unwrap(), None);
+        // What the head sees is for a record.
+        let head = store.pool.lock().place_of(V, None, 3).unwrap().unwrap();
+        let head = Suspect { segment: head, ..seen };
+        assert_eq!(store.mend_version(head, &[8; 512]).unwrap(), Mended::No);
     }
 }

@@ -14,7 +14,7 @@ use thiserror::Error;
 use crate::{
     record::Control,
     state::{GroupMode, NodeState, Restore, SNAPSHOTS_MAX, Snapshot},
-    types::{BlockRange, GroupId, LayerId, SnapshotId, VolumeId},
+    types::{BlockRange, GroupId, LayerId, SnapshotId, VolumeId, VolumeSpec},
 };
 
 use super::{Change, Front, LayerReader, ReadFailure, Store, SubmitError, Submitted};
@@ -37,6 +37,16 @@ pub enum SnapshotError {
     /// Too many.
     #[error("the group has {SNAPSHOTS_MAX} snapshots, the most that are served: delete one first")]
     TooMany,
+    /// It holds more than the volume to be filled from it has room for.
+    #[error("the snapshot holds volume {volume} with {held_bytes} bytes, and it has {size_bytes} now: resize it first")]
+    Smaller {
+        /// The volume.
+        volume: VolumeId,
+        /// In the snapshot.
+        held_bytes: u64,
+        /// Now.
+        size_bytes: u64,
+    },
     /// A volume is filled from it.
     #[error("a volume is being filled from the snapshot: delete it when that is done")]
     InUse,
@@ -143,13 +153,28 @@ impl Store {
         target: Option<SnapshotId>,
         first: u64,
     ) -> Result<(Vec<BlockRange>, Option<u64>), SnapshotError> {
-        let layer = |id: SnapshotId| {
-            self.with_state(|state| Some(state.snapshots.get(&id)?.volume(volume)?.1))
-                .ok_or(SnapshotError::NoSnapshot(id))
+        let held = |id: SnapshotId| {
+            let found = self.with_state(|state| {
+                state.snapshots.get(&id)?.volume(volume).map(|(spec, layer)| (spec.block_count(), layer))
+            });
+            found.ok_or(SnapshotError::NoSnapshot(id))
         };
-        let (base, target) = (layer(base)?, target.map(layer).transpose()?);
+        let (_, base) = held(base)?;
+        let (blocks, target) = match target {
+            Some(target) => held(target).map(|(blocks, layer)| (blocks, Some(layer)))?,
+            None => {
+                let blocks = self.with_state(|state| state.volumes.get(&volume).map(VolumeSpec::block_count));
+                (blocks.ok_or(SubmitError::NoVolume(volume))?, None)
+            }
+        };
         let changed = self.pool.lock().changed_blocks(volume, base, target, first, CHUNKS);
-        Ok(changed.map_err(ReadFailure::from)?)
+        let (mut changed, next) = changed.map_err(ReadFailure::from)?;
+        // The pool keeps the place of a larger one.
+        changed.retain_mut(|range| {
+            range.count = range.count.min(blocks.saturating_sub(range.first));
+            range.count > 0
+        });
+        Ok((changed, next.filter(|next| *next < blocks)))
     }
 
     /// Bytes of block versions that only this snapshot and older ones hold.
@@ -185,11 +210,11 @@ impl Store {
         let mut front = self.front.lock();
         let held = front.state.snapshots.get(&snapshot).ok_or(SnapshotError::NoSnapshot(snapshot))?;
         for (volume, source) in &volumes {
-            if held.volume(*source).is_none() {
-                return Err(SnapshotError::NoSnapshot(snapshot));
-            }
-            if !front.state.volumes.contains_key(volume) {
-                return Err(SubmitError::NoVolume(*volume).into());
+            let (was, _) = held.volume(*source).ok_or(SnapshotError::NoSnapshot(snapshot))?;
+            let spec = front.state.volumes.get(volume).ok_or(SubmitError::NoVolume(*volume))?;
+            if spec.size_bytes < was.size_bytes {
+                let (volume, held_bytes, size_bytes) = (*volume, was.size_bytes, spec.size_bytes);
+                return Err(SnapshotError::Smaller { volume, held_bytes, size_bytes });
             }
         }
         let control = Control::BeginRestore { snapshot, volumes };

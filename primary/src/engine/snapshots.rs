@@ -186,22 +186,22 @@ impl Engine {
         offset_bytes: u64,
     ) -> Result<Changed, EngineError> {
         let (base, spec) = self.snapshot_of_volume(volume, base)?;
-        let (target, upto) = match target {
+        let volume_bytes = self.spec(&VolumeKey::Id(spec.id))?.size_bytes;
+        let (target, upto, volume_bytes) = match target {
             Some(name) => {
-                let (target, _) = self.snapshot_of_volume(volume, name)?;
+                let (target, target_spec) = self.snapshot_of_volume(volume, name)?;
                 if target.lsn < base.lsn {
                     let why = format!("{name:?} is older than the base snapshot; swap the two");
                     return Err(EngineError::Invalid { field: "target_snapshot", why });
                 }
-                (Some(target.id), target.lsn)
+                (Some(target.id), target.lsn, target_spec.size_bytes)
             }
-            None => (None, Lsn(self.inner.store.next_lsn().0 - 1)),
+            None => (None, Lsn(self.inner.store.next_lsn().0 - 1), volume_bytes),
         };
         self.applied(upto).await?;
         let block_bytes = u64::from(spec.block_size.bytes());
         let (ranges, next) = self.differing(&spec, base.id, target, offset_bytes / block_bytes).await?;
         let bytes = |range: BlockRange| (range.first * block_bytes, range.count * block_bytes);
-        let volume_bytes = self.spec(&VolumeKey::Id(spec.id))?.size_bytes;
         let next = next.map(|block| block * block_bytes);
         Ok(Changed { ranges: ranges.into_iter().map(bytes).collect(), next, volume_bytes })
     }
@@ -497,9 +497,11 @@ fn of_snapshot(error: SnapshotError, group: &str) -> EngineError {
         SnapshotError::NoGroup(_) => EngineError::NoGroup { group },
         SnapshotError::NoSnapshot(id) => EngineError::NoSnapshot { group, snapshot: id.to_string() },
         SnapshotError::Exists(snapshot) => EngineError::SnapshotExists { group, snapshot },
-        SnapshotError::TooMany | SnapshotError::InUse | SnapshotError::Submit(_) | SnapshotError::Read(_) => {
-            EngineError::Snapshot { group, why }
-        }
+        SnapshotError::TooMany
+        | SnapshotError::Smaller { .. }
+        | SnapshotError::InUse
+        | SnapshotError::Submit(_)
+        | SnapshotError::Read(_) => EngineError::Snapshot { group, why },
     }
 }
 

@@ -73,6 +73,10 @@ impl<E: BlockEngine> ReplicaService for ReplicaFrontend<E> {
         refused()
     }
 
+    async fn mend_block(&self, _: Request<v1::MendBlockRequest>) -> Result<Response<v1::MendBlockResponse>, Status> {
+        refused()
+    }
+
     async fn end_verify(&self, _: Request<v1::EndVerifyRequest>) -> Result<Response<v1::EndVerifyResponse>, Status> {
         refused()
     }

@@ -211,8 +211,7 @@ impl BlockEngine for Memory {
     async fn resize_volume(&self, volume: &VolumeKey, size_bytes: u64) -> Result<VolumeSpec, EngineError> {
         self.with(volume, |info, data| {
             if size_bytes < info.size_bytes {
-                let VolumeSpec { name, size_bytes: size, .. } = info.clone();
-                return Err(EngineError::Shrink { volume: name, size_bytes: size, asked_bytes: size_bytes });
+                return Err(EngineError::Shrink { volume: info.name.clone(), why: "it holds data".into() });
             }
             info.size_bytes = size_bytes;
             data.resize(usize::try_from(size_bytes).unwrap(), 0);

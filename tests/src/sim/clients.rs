@@ -9,7 +9,7 @@ use rand::{
 };
 use understudy_common::{
     record::{ClientSequence, Control, block_crcs},
-    store::{Change, ReadFailure, Store, SubmitError, Submitted},
+    store::{Change, ReadFailure, ShrinkError, Store, SubmitError, Submitted},
     types::{AckRule, AwayRule, BlockSize, GroupId, VolumeId, VolumeSpec},
 };
 
@@ -17,6 +17,9 @@ use super::{
     BLOCK, BLOCKS_PER_SEGMENT, Outcome, SEGMENT, World, broken, delta,
     model::{Event, Stamp, What},
 };
+
+/// A volume is not cut to fewer.
+const BLOCKS_MIN: u64 = BLOCKS_PER_SEGMENT;
 
 fn change(stamp: Stamp, count: u64, block_size: BlockSize) -> Change {
     if stamp.0 == 0 {
@@ -224,10 +227,54 @@ impl World {
             }
             _ => {
                 let Some(spec) = live.choose(&mut self.rng).cloned() else { return Ok(()) };
+                // Half of those that are cut grow again at once: the backup may see one size, and not what was between.
+                let spec = if self.rng.random_bool(0.6) { self.shrink(spec)? } else { Some(spec) };
+                let Some(spec) = spec.filter(|_| self.rng.random()) else { return Ok(()) };
                 let blocks = (spec.block_count() + self.rng.random_range(1..200)).min(2048);
                 let control = Control::ResizeVolume { volume: spec.id, size_bytes: blocks * BLOCK as u64 };
-                self.control(&spec, control, What::Grow { blocks }, "volumes grown")
+                self.control(&spec, control, What::Resize { blocks }, "volumes grown")
             }
+        }
+    }
+
+    /// Writes behind what is to be the end, discards that, and cuts the volume there: that must be refused before, and not
+    /// after. The volume as it is then; `None` if there was no room for a record.
+    fn shrink(&mut self, mut spec: VolumeSpec) -> Result<Option<VolumeSpec>, super::Violation> {
+        if spec.block_count() <= BLOCKS_MIN {
+            return Ok(Some(spec));
+        }
+        let store = Arc::clone(self.primary.store());
+        let blocks = self.rng.random_range(BLOCKS_MIN..spec.block_count());
+        let (count, size_bytes) = (spec.block_count() - blocks, blocks * BLOCK as u64);
+        if self.rng.random() {
+            let (at, stamp) = (self.rng.random_range(blocks..spec.block_count()), self.model.next_stamp());
+            if !self.submit(&spec, at, 1, stamp, None)? {
+                return Ok(None);
+            }
+            match store.shrink(spec.id, size_bytes, self.time) {
+                Err(ShrinkError::Data { block, .. }) if block <= at => {
+                    self.summary.count("shrinks below data refused", 1)
+                }
+                Err(ShrinkError::Read(ReadFailure::Failed(_))) => return Ok(None),
+                other => {
+                    return Err(broken(format!("block {at} of {} is written and the volume cut: {other:?}", spec.id)));
+                }
+            }
+        }
+        if !self.submit(&spec, blocks, count, Stamp(0), None)? {
+            return Ok(None);
+        }
+        match store.shrink(spec.id, size_bytes, self.time) {
+            Ok(submitted) => {
+                self.summary.count("volumes shrunk", 1);
+                super::trace!(self, "record {} cuts volume {} to {blocks} blocks", submitted.lsn, spec.id);
+                self.remember(&submitted, &spec, What::Resize { blocks }, AckRule::Staged, None);
+                spec.size_bytes = size_bytes;
+                Ok(Some(spec))
+            }
+            Err(ShrinkError::Submit(error)) => self.refused(&store, &error).map(|()| None),
+            Err(ShrinkError::Read(ReadFailure::Failed(_))) => Ok(None),
+            Err(error) => Err(broken(format!("volume {} is not cut: {error}", spec.id))),
         }
     }
 

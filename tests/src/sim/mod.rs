@@ -115,6 +115,8 @@ pub const PATHS: &[&str] = &[
     "growths",
     "volumes created",
     "volumes grown",
+    "volumes shrunk",
+    "shrinks below data refused",
     "volumes deleted",
     "images read on the backup",
     "reads held open",

@@ -43,7 +43,7 @@ impl Stamp {
 #[derive(Debug, Clone)]
 pub(super) enum What {
     Create(VolumeSpec),
-    Grow { blocks: u64 },
+    Resize { blocks: u64 },
     Delete,
     Write { first: u64, count: u64, stamp: Stamp },
 }
@@ -115,7 +115,7 @@ impl Model {
                 What::Create(spec) => {
                     volumes.insert(event.volume, spec.clone());
                 }
-                What::Grow { blocks } => {
+                What::Resize { blocks } => {
                     if let Some(spec) = volumes.get_mut(&event.volume) {
                         spec.size_bytes = blocks * BLOCK as u64;
                     }
@@ -154,7 +154,7 @@ impl Model {
         for event in self.history.iter().filter(|e| e.volume == volume && holds(e)) {
             match &event.what {
                 What::Create(spec) => image = Some(vec![Stamp(0); size(spec.block_count())]),
-                What::Grow { blocks } => image.as_mut()?.resize(size(*blocks), Stamp(0)),
+                What::Resize { blocks } => image.as_mut()?.resize(size(*blocks), Stamp(0)),
                 What::Delete => image = None,
                 What::Write { first, count, stamp } => {
                     image.as_mut()?[size(*first)..size(first + count)].fill(*stamp);
@@ -172,7 +172,7 @@ impl Model {
         for event in self.history.iter().filter(|e| e.group == group) {
             let touched = match &event.what {
                 What::Write { first, count, .. } => Some(*first..first + count),
-                What::Create(_) | What::Grow { .. } | What::Delete => None,
+                What::Create(_) | What::Resize { .. } | What::Delete => None,
             };
             if !event.is_in(lanes) {
                 any = Some(event.lsn);

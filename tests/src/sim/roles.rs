@@ -26,7 +26,9 @@ use understudy_common::{
     record::{self, Control, RunKind},
     state::{GroupMode, GroupState},
     storage::{Storage, sim::SimStorage},
-    store::{self, Change, Levels, ModeError, Promotion, Role, RoleError, Store, StoreConfig, SubmitError},
+    store::{
+        self, Change, Levels, ModeError, Promotion, Role, RoleError, ShrinkError, Store, StoreConfig, SubmitError,
+    },
     types::{AckRule, AwayRule, BlockSize, GroupId, Position, Uid, VolumeId, VolumeSpec},
 };
 use understudy_primary::{
@@ -396,8 +398,9 @@ impl World {
         else {
             return Ok(());
         };
-        let first = self.rng.random_range(0..BLOCKS);
-        let count = self.rng.random_range(1..=(BLOCKS - first).min(4));
+        let blocks = store.with_state(|s| s.volumes[&volume].block_count());
+        let first = self.rng.random_range(0..blocks);
+        let count = self.rng.random_range(1..=(blocks - first).min(4));
         self.stamp += 1;
         let stamp = Stamp(if self.rng.random_bool(0.1) { 0 } else { self.stamp });
         let change = if stamp.0 == 0 {
@@ -434,9 +437,20 @@ impl World {
         if self.hosts[host].told {
             return Ok(());
         }
-        let blocks = spec.block_count() + 8;
-        let control = Control::ResizeVolume { volume: spec.id, size_bytes: blocks * BLOCK as u64 };
-        let submitted = store.submit_control(spec.group, control, self.time);
+        let (blocks, submitted) = if self.rng.random() && spec.block_count() > BLOCKS {
+            // Nothing is done to make it possible: it often is refused.
+            let blocks = self.rng.random_range(BLOCKS..spec.block_count());
+            match store.shrink(spec.id, blocks * BLOCK as u64, self.time) {
+                Ok(submitted) => (blocks, Ok(submitted)),
+                Err(ShrinkError::Submit(error)) => (blocks, Err(error)),
+                Err(ShrinkError::Data { .. } | ShrinkError::Read(_)) => return Ok(()),
+                Err(error) => return Err(broken(format!("volume {} is not cut: {error}", spec.id))),
+            }
+        } else {
+            let blocks = spec.block_count() + 8;
+            let control = Control::ResizeVolume { volume: spec.id, size_bytes: blocks * BLOCK as u64 };
+            (blocks, store.submit_control(spec.group, control, self.time))
+        };
         self.changed(host, spec.group, submitted.map(|s| s.position), |image| {
             if let Some(image) = image.get_mut(&spec.id) {
                 image.resize(usize::try_from(blocks).expect("small"), Stamp(0));

@@ -42,16 +42,6 @@ fn a_cut_over_a_run_that_was_not_thawed_takes_its_blocks_along() {
     assert!(table.active().is_empty());
 }
 
-#[test]
-fn a_volume_that_became_smaller_keeps_what_its_run_reads() {
-    let mut table = DeltaTable::new();
-    table.mark_all(100);
-    table.freeze();
-    table.mark_all(100);
-    table.truncate(10);
-    assert_eq!((table.active().len(), table.frozen().len()), (10, 100));
-}
-
 fn store(rows: &mut BTreeMap<u32, SetRow>, changes: Changes) {
     if changes.all {
         rows.clear();

@@ -142,12 +142,13 @@ impl World {
             let image = |position| self.model.image(spec.id, position).unwrap_or_default();
             let (old, new) = (image(held), image(Lsn(run.id)));
             let (mut marked, mut same, mut unheard, mut kept) = (0, 0, 0, 0);
-            let frozen = store.frozen(spec.id);
+            let mut frozen = store.frozen(spec.id);
+            frozen.truncate(spec.block_count());
             for block in frozen.iter_runs().flat_map(|(first, count)| first..first + count) {
                 marked += 1;
                 let at = usize::try_from(block).expect("small");
                 // Where everything is to go, a new volume is marked whole, and a new end.
-                let made = |e: &Event| e.volume == spec.id && matches!(e.what, What::Create(_) | What::Grow { .. });
+                let made = |e: &Event| e.volume == spec.id && matches!(e.what, What::Create(_) | What::Resize { .. });
                 let touched = |e: &Event| e.touches(spec.id, block).is_some() || made(e);
                 let written = |e: &&Event| e.lsn > base && e.lsn.0 < run.id && touched(e);
                 let last = self.model.history.iter().rev().find(written).map(|event| event.lsn);
