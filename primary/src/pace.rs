@@ -1,12 +1,14 @@
 //! How fast a run may go beside clients (`[delta] throttle`), and records may be sent (`[link] throttle`). Pure: times and
 //! measurements come in as arguments.
 //!
-//! Adaptive: the rate falls when acknowledged writes take noticeably longer than they do without a run, and grows
-//! otherwise. It never falls below [`RATE_MIN`], so that a run always progresses.
+//! Adaptive: the rate falls when acknowledged writes take noticeably longer, or are noticeably fewer, than without a run,
+//! and grows otherwise. Both count: where processors are short, requests wait where this node does not see them yet. It
+//! never falls below [`RATE_MIN`], so that a run always progresses.
 //!
-//! How long a write takes without a run is learnt at once where it is less, and slowly where it is more: only when no run
-//! has been under way for a while, or one goes at its lowest rate. Otherwise runs one behind the other would teach what they
-//! make of it themselves. Clients that have just written and are not heard of are taken for delayed, not for gone.
+//! How writes fare without a run is learnt at once where they fare better than was known. That they fare worse is learnt
+//! only when no run has been under way for a while, or one goes at its lowest rate: otherwise runs one behind the other
+//! would teach what they make of it themselves. Clients that have just written and are not heard of are taken for delayed,
+//! not for gone.
 
 use std::time::Duration;
 
@@ -18,12 +20,16 @@ const RATE_MIN: f64 = (4 << 20) as f64;
 const RATE_START: f64 = (32 << 20) as f64;
 /// The highest rate that is told from none.
 const RATE_MAX: f64 = (16_u64 << 30) as f64;
-/// A run slows down when a write takes so many times as long as without one.
-const SLOWED: f64 = 1.25;
-/// It goes faster while a write takes less than so many times as long.
-const UNHURT: f64 = 1.12;
-/// Of a tick's mean, what is learnt: where writes take less time than was known, and where they take more.
-const LEARNT: (f64, f64) = (0.2, 0.01);
+/// A run slows down when a write takes so many times as long as without one, or there are so many times fewer.
+const SLOWED: f64 = 1.3;
+/// It goes faster while it is less than so many times.
+const UNHURT: f64 = 1.15;
+/// Writes a second from which on their number tells something.
+const MANY: f64 = 1000.0;
+/// Time over which writes are counted.
+const COUNTED: Duration = Duration::from_millis(100);
+/// Of a tick's mean, what is learnt: where writes fare better than was known, and where they fare worse.
+const LEARNT: (f64, f64) = (0.05, 0.02);
 /// A run is not felt any more so long after its end.
 const SETTLED: Duration = Duration::from_millis(300);
 /// Clients that have written so recently are still there.
@@ -50,6 +56,10 @@ pub struct Pace {
     throttle: Throttle,
     /// Mean time of a write without a run, seconds; `None` until there were some.
     calm_seconds: Option<f64>,
+    /// Writes a second without a run.
+    calm_writes: f64,
+    /// Writes a second of late.
+    writes: f64,
     rate: f64,
     /// Since the last run.
     rested: Duration,
@@ -63,7 +73,17 @@ impl Pace {
     /// As the setting says.
     #[must_use]
     pub fn new(throttle: Throttle) -> Self {
-        Self { throttle, calm_seconds: None, rate: RATE_START, rested: SETTLED, quiet: PRESENT, credit: 0.0 }
+        let (rested, quiet) = (SETTLED, PRESENT);
+        Self {
+            throttle,
+            calm_seconds: None,
+            calm_writes: 0.0,
+            writes: 0.0,
+            rate: RATE_START,
+            rested,
+            quiet,
+            credit: 0.0,
+        }
     }
 
     /// A run begins, at what the one before has come down to.
@@ -75,16 +95,17 @@ impl Pace {
     pub fn on_tick(&mut self, elapsed: Duration, load: ClientLoad, in_run: bool) {
         self.quiet = if load.writes > 0 { Duration::ZERO } else { self.quiet.saturating_add(elapsed) };
         self.rested = if in_run { Duration::ZERO } else { self.rested.saturating_add(elapsed) };
-        self.learn(load, in_run);
+        self.learn(elapsed, load, in_run);
         if !in_run {
             return;
         }
         if self.throttle == Throttle::Adaptive {
-            self.rate *= match self.calm_seconds {
+            let slowed = self.slowed(load);
+            self.rate *= match load.writes {
                 _ if self.quiet >= PRESENT => 2.0,
-                _ if load.writes == 0 => 1.0,
-                Some(calm) if load.mean_seconds > calm * SLOWED => 0.8,
-                Some(calm) if load.mean_seconds > calm * UNHURT => 1.0,
+                0 => 1.0,
+                _ if slowed > SLOWED => 0.8,
+                _ if slowed > UNHURT => 1.0,
                 _ => 1.05,
             };
             self.rate = self.rate.clamp(RATE_MIN, RATE_MAX);
@@ -93,21 +114,29 @@ impl Pace {
         self.credit = (self.credit + rate * elapsed.as_secs_f64()).min(rate * BURST_SECONDS);
     }
 
-    fn learn(&mut self, load: ClientLoad, in_run: bool) {
-        if load.writes == 0 {
-            return;
-        }
+    /// By how many times writes fare worse than without a run.
+    fn slowed(&self, load: ClientLoad) -> f64 {
+        let longer = self.calm_seconds.map_or(1.0, |calm| load.mean_seconds / calm.max(f64::MIN_POSITIVE));
+        let fewer = if self.calm_writes >= MANY { self.calm_writes / self.writes.max(1.0) } else { 1.0 };
+        longer.max(fewer)
+    }
+
+    #[allow(clippy::cast_precision_loss, reason = "a rate")]
+    fn learn(&mut self, elapsed: Duration, load: ClientLoad, in_run: bool) {
+        let share = (elapsed.as_secs_f64() / COUNTED.as_secs_f64()).min(1.0);
+        let now = load.writes as f64 / elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
+        self.writes += (now - self.writes) * share;
         let is_calm = if in_run { self.rate <= RATE_MIN } else { self.rested >= SETTLED };
-        let calm = match &mut self.calm_seconds {
-            Some(calm) => calm,
-            // Nothing better is known.
-            none => none.insert(load.mean_seconds),
+        let learnt = |better: bool| match (better, is_calm) {
+            (true, _) => LEARNT.0,
+            (false, true) => LEARNT.1,
+            (false, false) => 0.0,
         };
-        let more = load.mean_seconds - *calm;
-        if more < 0.0 {
-            *calm += more * LEARNT.0;
-        } else if is_calm {
-            *calm += more * LEARNT.1;
+        self.calm_writes += (self.writes - self.calm_writes) * learnt(self.writes > self.calm_writes);
+        if load.writes > 0 {
+            // Nothing better is known at first.
+            let calm = self.calm_seconds.get_or_insert(load.mean_seconds);
+            *calm += (load.mean_seconds - *calm) * learnt(load.mean_seconds < *calm);
         }
     }
 
@@ -254,6 +283,16 @@ mod tests {
             pace.on_begun();
         }
         assert!(slowest < 0.0016, "{slowest}");
+    }
+
+    #[test]
+    fn a_run_gives_way_where_requests_wait_before_they_are_seen() {
+        let mut pace = beside(CALM);
+        // Those that come are answered as fast as ever, and there are half of them.
+        let fewer = run(&mut pace, 100, ClientLoad { writes: 50, ..CALM });
+        assert!((4 << 20..16 << 20).contains(&fewer), "{fewer}");
+        // That they are fewer has another reason.
+        assert!(run(&mut pace, 1000, ClientLoad { writes: 50, ..CALM }) > 400 << 20, "it is still at its lowest rate");
     }
 
     #[test]
