@@ -3,7 +3,8 @@
 //!
 //! Adaptive: the rate falls when acknowledged writes take noticeably longer, or are noticeably fewer, than without a run,
 //! and grows otherwise. Both count: where processors are short, requests wait where this node does not see them yet. It
-//! never falls below [`RATE_MIN`], so that a run always progresses.
+//! never falls below [`RATE_MIN`], so that a run always progresses, nor, up to [`RATE_START`], below twice what clients
+//! write: a run that is slower than they are leaves more behind than it has carried, and the group would never return.
 //!
 //! How writes fare without a run is learnt at once where they fare better than was known. That they fare worse is learnt
 //! only when no run has been under way for a while, or one goes at its lowest rate: otherwise runs one behind the other
@@ -46,6 +47,8 @@ const BURST_SECONDS: f64 = 0.02;
 pub struct ClientLoad {
     /// How many.
     pub writes: u64,
+    /// Bytes that were written meanwhile.
+    pub bytes: u64,
     /// Their mean time from the request to the acknowledgement, seconds.
     pub mean_seconds: f64,
 }
@@ -60,6 +63,8 @@ pub struct Pace {
     calm_writes: f64,
     /// Writes a second of late.
     writes: f64,
+    /// Bytes a second that clients write.
+    usage: f64,
     rate: f64,
     /// Since the last run.
     rested: Duration,
@@ -73,17 +78,9 @@ impl Pace {
     /// As the setting says.
     #[must_use]
     pub fn new(throttle: Throttle) -> Self {
-        let (rested, quiet) = (SETTLED, PRESENT);
-        Self {
-            throttle,
-            calm_seconds: None,
-            calm_writes: 0.0,
-            writes: 0.0,
-            rate: RATE_START,
-            rested,
-            quiet,
-            credit: 0.0,
-        }
+        let (calm_seconds, calm_writes, writes, usage) = (None, 0.0, 0.0, 0.0);
+        let (rate, rested, quiet, credit) = (RATE_START, SETTLED, PRESENT, 0.0);
+        Self { throttle, calm_seconds, calm_writes, writes, usage, rate, rested, quiet, credit }
     }
 
     /// A run begins, at what the one before has come down to.
@@ -108,10 +105,14 @@ impl Pace {
                 _ if slowed > UNHURT => 1.0,
                 _ => 1.05,
             };
-            self.rate = self.rate.clamp(RATE_MIN, RATE_MAX);
+            self.rate = self.rate.clamp(self.lowest(), RATE_MAX);
         }
         let rate = self.rate();
         self.credit = (self.credit + rate * elapsed.as_secs_f64()).min(rate * BURST_SECONDS);
+    }
+
+    fn lowest(&self) -> f64 {
+        (2.0 * self.usage).clamp(RATE_MIN, RATE_START)
     }
 
     /// By how many times writes fare worse than without a run.
@@ -123,10 +124,11 @@ impl Pace {
 
     #[allow(clippy::cast_precision_loss, reason = "a rate")]
     fn learn(&mut self, elapsed: Duration, load: ClientLoad, in_run: bool) {
-        let share = (elapsed.as_secs_f64() / COUNTED.as_secs_f64()).min(1.0);
-        let now = load.writes as f64 / elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
-        self.writes += (now - self.writes) * share;
-        let is_calm = if in_run { self.rate <= RATE_MIN } else { self.rested >= SETTLED };
+        let seconds = elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
+        let share = |over: Duration| (seconds / over.as_secs_f64()).min(1.0);
+        self.writes += (load.writes as f64 / seconds - self.writes) * share(COUNTED);
+        self.usage += (load.bytes as f64 / seconds - self.usage) * share(PRESENT);
+        let is_calm = if in_run { self.rate <= self.lowest() } else { self.rested >= SETTLED };
         let learnt = |better: bool| match (better, is_calm) {
             (true, _) => LEARNT.0,
             (false, true) => LEARNT.1,
@@ -235,15 +237,15 @@ mod tests {
     /// A pace that has seen calm clients, in a run.
     fn beside(calm: ClientLoad) -> Pace {
         let mut pace = Pace::new(Throttle::Adaptive);
-        for _ in 0..50 {
+        for _ in 0..400 {
             pace.on_tick(TICK, calm, false);
         }
         pace.on_begun();
         pace
     }
 
-    const CALM: ClientLoad = ClientLoad { writes: 100, mean_seconds: 0.001 };
-    const SLOW: ClientLoad = ClientLoad { writes: 100, mean_seconds: 0.01 };
+    const CALM: ClientLoad = ClientLoad { writes: 100, bytes: 4096, mean_seconds: 0.001 };
+    const SLOW: ClientLoad = ClientLoad { mean_seconds: 0.01, ..CALM };
 
     #[test]
     fn a_run_gives_way_to_clients_and_goes_on() {
@@ -255,6 +257,14 @@ mod tests {
         let unhurt = run(&mut pace, 1000, CALM);
         assert!(unhurt > 100 * slowed, "{unhurt}");
         assert_eq!(pace.chunk(1 << 20), 1 << 20);
+    }
+
+    #[test]
+    fn a_run_carries_more_than_clients_write() {
+        let mut pace = beside(ClientLoad { bytes: 160 << 10, ..CALM });
+        // Half a second at twice the 16 MB a second that they write, however they fare.
+        let sent = run(&mut pace, 50, ClientLoad { bytes: 160 << 10, ..SLOW });
+        assert!((11 << 20..18 << 20).contains(&sent), "{sent}");
     }
 
     #[test]

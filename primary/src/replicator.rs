@@ -178,7 +178,7 @@ impl Handle {
         let writes = self.0.writes.swap(0, Ordering::Relaxed);
         let micros = self.0.write_micros.swap(0, Ordering::Relaxed);
         let mean_seconds = if writes == 0 { 0.0 } else { micros as f64 / writes as f64 / 1e6 };
-        ClientLoad { writes, mean_seconds }
+        ClientLoad { writes, bytes: 0, mean_seconds }
     }
 }
 
@@ -260,7 +260,7 @@ impl Replicator {
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut paces = interval(PACE_STEP);
         paces.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut paced = Instant::now();
+        let (mut paced, mut written) = (Instant::now(), self.store.traffic().0);
         let mut marks = self.store.marks();
         let handle = self.handle.clone();
         loop {
@@ -285,8 +285,10 @@ impl Replicator {
                 heard = self.calls.next(), if self.polling.is_none() && self.calls.expects() => self.on_heard(heard),
                 _ = paces.tick() => {
                     let now = Instant::now();
-                    self.pace.on_tick(now - paced, self.handle.take_load(), self.running.is_some());
-                    paced = now;
+                    let traffic = self.store.traffic().0;
+                    let load = ClientLoad { bytes: traffic.saturating_sub(written), ..self.handle.take_load() };
+                    self.pace.on_tick(now - paced, load, self.running.is_some());
+                    (paced, written) = (now, traffic);
                 }
                 _ = looks.tick() => {
                     self.look();
