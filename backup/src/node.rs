@@ -321,8 +321,8 @@ impl Node {
 
     async fn wait_applied(&self, lsn: Lsn) -> Result<(), NodeError> {
         let mut marks = self.inner.store.marks();
-        let ready = marks.wait_for(|m| m.applied >= lsn || m.failed).await;
-        if ready.is_err() || self.inner.store.failure().is_some() { Err(self.storage_error()) } else { Ok(()) }
+        let ended = marks.wait_for(|m| m.applied >= lsn || m.failed).await.is_err();
+        if ended || self.inner.store.failure().is_some() { Err(self.storage_error()) } else { Ok(()) }
     }
 
     /// Reads of the disk stay off the runtime's threads, but in a simulation.
@@ -966,7 +966,8 @@ impl ReplicaNode for Node {
         let store = &self.inner.store;
         let identity = store.identity();
         let state = store.state();
-        let durable = store.marks().borrow().durable.next() == store.next_lsn();
+        let durable = store.marks().borrow().durable;
+        let durable = durable.next() == store.next_lsn();
         let link = self.inner.link.lock();
         let (since_unix_ms, met) = (link.since_unix_ms, link.last_heard.is_some());
         let refused = link.refused.as_ref().map(|refused| refused.why.clone()).filter(|_| !attached);
@@ -1043,9 +1044,10 @@ impl ReplicaNode for Node {
 
     async fn failed(&self) -> Failure {
         let mut marks = self.inner.store.marks();
+        // The store lives as long as this node. What is seen of the marks is let go of before the store is asked.
+        let failed = async { drop(marks.wait_for(|m| m.failed).await) };
         tokio::select! {
-            // The store lives as long as this node.
-            _ = marks.wait_for(|m| m.failed) => {
+            () = failed => {
                 Failure::new(Exit::Storage, self.inner.store.failure().unwrap_or_default())
             }
             () = self.inner.changed.cancelled() => {

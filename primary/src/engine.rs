@@ -404,7 +404,15 @@ impl Engine {
         let mut marks = self.inner.marks.clone();
         let continuous =
             || self.inner.store.with_state(|s| s.groups.get(&spec.group).is_none_or(|g| g.mode.is_continuous()));
-        if !matches!(timeout_at(deadline, marks.wait_for(|_| continuous())).await, Ok(Ok(_))) {
+        let returned = async {
+            while !continuous() {
+                if marks.changed().await.is_err() {
+                    return false;
+                }
+            }
+            true
+        };
+        if timeout_at(deadline, returned).await != Ok(true) {
             let link = "the group is in delta mode; status shows why".to_owned();
             return Err(EngineError::BackupAway { volume: spec.name.clone(), link });
         }

@@ -490,7 +490,7 @@ impl Link {
     fn hello(&self) -> Result<v1::AttachRequest, String> {
         let store = self.engine.store();
         let lives = store.lives(|| Uid(rand::random())).map_err(|error| error.to_string())?;
-        let identity = store.identity();
+        let (identity, durable) = (store.identity(), store.marks().borrow().durable);
         Ok(v1::AttachRequest {
             pair_id: identity.pair.0.to_vec().into(),
             instance_id: identity.instance.0.to_vec().into(),
@@ -498,7 +498,7 @@ impl Link {
             generation_id: identity.generation_id.0.to_vec().into(),
             protocol: PROTOCOL,
             segment_bytes: store.config().pool.segment_bytes,
-            durable_lsn: store.marks().borrow().durable.0,
+            durable_lsn: durable.0,
             oldest_lsn: store.ship_from().0,
             history: convert::history_to_wire(&store.history()),
             groups: Some(v1::GroupList { group_ids: store.shipped_groups().into_iter().map(|id| id.0).collect() }),

@@ -904,9 +904,10 @@ impl BlockEngine for Node {
 
     async fn failed(&self) -> Failure {
         let mut marks = self.inner.engine.marks();
+        // The store lives as long as this node. What is seen of the marks is let go of before the store is asked.
+        let failed = async { drop(marks.wait_for(|m| m.failed).await) };
         tokio::select! {
-            // The store lives as long as this node.
-            _ = marks.wait_for(|m| m.failed) => {
+            () = failed => {
                 Failure::new(Exit::Storage, self.inner.engine.store().failure().unwrap_or_default())
             }
             () = self.inner.changed.cancelled() => {

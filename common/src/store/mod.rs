@@ -387,7 +387,7 @@ impl Store {
         &self.config
     }
 
-    /// The watermarks, and their changes.
+    /// The watermarks, and their changes. Let go of what is borrowed of them before anything else of the store is called.
     #[must_use]
     pub fn marks(&self) -> watch::Receiver<Marks> {
         self.marks.subscribe()
@@ -533,6 +533,7 @@ impl Store {
         self.fail_locked(&mut front, why.into());
     }
 
+    /// Takes the lock of the marks under that of the front: nobody may do it the other way round.
     fn fail_locked(&self, front: &mut Front, why: String) {
         if front.failed.is_none() {
             front.failed = Some(why);

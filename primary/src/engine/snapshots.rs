@@ -483,8 +483,8 @@ impl Engine {
 
     async fn applied(&self, lsn: Lsn) -> Result<(), EngineError> {
         let mut marks = self.inner.marks.clone();
-        let reached = marks.wait_for(|m| m.applied >= lsn || m.failed).await;
-        if reached.is_err() || self.inner.store.failure().is_some() {
+        let ended = marks.wait_for(|m| m.applied >= lsn || m.failed).await.is_err();
+        if ended || self.inner.store.failure().is_some() {
             return Err(EngineError::Storage { message: self.inner.store.failure().unwrap_or_default() });
         }
         Ok(())
