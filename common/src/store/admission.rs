@@ -14,9 +14,7 @@ use crate::{
     types::{BlockRange, GroupId, Lsn, Position, SegmentId, VolumeId, VolumeSpec},
 };
 
-use super::{
-    Entry, Failed, Front, OverLevel, Queued, ReadFailure, Retained, Store, UnackedBoth, Watch, overlay::Content,
-};
+use super::{Entry, Failed, Front, OverLevel, Queued, ReadFailure, Retained, Store, UnackedBoth, overlay::Content};
 
 /// Free segments below which a pool that may grow does so ahead of need.
 pub(super) const GROW_BELOW: u64 = 512;
@@ -299,13 +297,7 @@ impl Store {
         time_unix_ms: i64,
         modify: &dyn Fn(&mut [u8]),
     ) -> Result<Submitted, ModifyError> {
-        let id = {
-            let mut front = self.front.lock();
-            front.watch_id += 1;
-            let id = front.watch_id;
-            front.watches.push(Watch { range, touched: false, id });
-            id
-        };
+        let watch = self.front.lock().watches.begin(range);
         let result = loop {
             let read = match self.read(range.volume, range.first, range.count) {
                 Ok(read) => read,
@@ -315,8 +307,7 @@ impl Store {
             modify(&mut data);
             let data = Bytes::from(data);
             let mut front = self.front.lock();
-            let watch = front.watches.iter_mut().find(|w| w.id == id).expect("it is removed below");
-            if std::mem::take(&mut watch.touched) {
+            if front.watches.take_touched(watch) {
                 continue;
             }
             let Some(block_size) = front.state.volumes.get(&range.volume).map(|v| v.block_size) else {
@@ -328,8 +319,7 @@ impl Store {
                 .submit_locked(&mut front, lane, range.volume, range.first, change, client.cloned(), time_unix_ms)
                 .map_err(ModifyError::from);
         };
-        let mut front = self.front.lock();
-        front.watches.retain(|w| w.id != id);
+        self.front.lock().watches.end(watch);
         self.work.notify_one();
         result
     }
@@ -499,15 +489,9 @@ impl Store {
             if touched.both && self.config.retain {
                 note_unacked(&mut front.unacked_both, &front.retained, touched, &record, lsn);
             }
-            for watch in &mut front.watches {
-                watch.touched |= watch.range.volume == touched.range.volume
-                    && watch.range.first < touched.range.end()
-                    && touched.range.first < watch.range.end();
-            }
-        } else {
-            // Some change every block.
-            front.watches.iter_mut().for_each(|watch| watch.touched = true);
         }
+        // A change of the catalogue may change every block.
+        front.watches.touch(blocks.as_ref().map(|touched| touched.range));
         let entry = Arc::new(Entry { lsn, record, place });
         let payload_bytes = entry.record.payload_bytes();
         front.traffic.0 += payload_bytes;

@@ -37,6 +37,7 @@ mod shrink;
 mod snapshot;
 #[cfg(test)]
 mod testing;
+mod watches;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -228,12 +229,6 @@ impl Entry {
     }
 }
 
-struct Watch {
-    range: crate::types::BlockRange,
-    touched: bool,
-    id: u64,
-}
-
 struct Queued {
     entry: Arc<Entry>,
     /// Space promised to the record until it is in its place.
@@ -269,9 +264,7 @@ struct Front {
     unacked_both: UnackedBoth,
     /// Size at which acknowledged ones are forgotten.
     prune_both_at: usize,
-    /// Blocks that somebody reads in order to write them back changed, and whether they were written meanwhile.
-    watches: Vec<Watch>,
-    watch_id: u64,
+    watches: watches::Watches,
     /// Payload bytes submitted, and released by the backup, since the store was opened.
     traffic: (u64, u64),
     /// Of it, by group.

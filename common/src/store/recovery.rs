@@ -409,8 +409,7 @@ fn assemble(
         times: VecDeque::new(),
         unacked_both: replay.unacked_both,
         prune_both_at: 0,
-        watches: Vec::new(),
-        watch_id: 0,
+        watches: super::watches::Watches::default(),
         traffic: (0, 0),
         group_traffic: BTreeMap::new(),
     };

@@ -6,7 +6,7 @@
 //!   no write in place is under way and everything that the map names is written, so a mismatch is no race.
 //! - A repair is an ordinary write. It is admitted only if the backup provably holds the block's newest version - no
 //!   record that touches the block is retained, and the block is not marked - before the backup is asked *and* after, with
-//!   no write of the block and no change of the catalogue in between ([`super::Watch`]). A retained record and a mark are
+//!   no write of the block and no change of the catalogue in between ([`super::watches`]). A retained record and a mark are
 //!   all by which the sides may differ, so what the backup answers is what the block held all that time.
 //! - To mend the backup, the primary writes what it holds once more: to a reader that changes nothing.
 //! - A version that only snapshots see never changes, so it is mended where it lies: with what the other side reads from a
@@ -25,7 +25,7 @@ use crate::{
     types::{BlockRange, LayerId, SegmentId, SnapshotId, VolumeId},
 };
 
-use super::{Change, Front, ModifyError, Store, SubmitError, Submitted, Watch};
+use super::{Change, Front, ModifyError, Store, SubmitError, Submitted};
 
 /// Damaged blocks that are known by name; of more only their number is told, by the scrub that finds them.
 pub const DAMAGED_MAX: usize = 4096;
@@ -227,15 +227,11 @@ impl Store {
     /// # Errors
     /// The segment map cannot be read.
     pub fn mirrored_sight(&self, suspect: Suspect) -> Result<Option<SnapshotId>, PoolError> {
-        let layers: Vec<(SnapshotId, LayerId)> = self.with_state(|state| {
-            let mirrored = state.snapshots.values().filter(|snapshot| snapshot.mirrored);
-            mirrored.filter_map(|s| s.volume(suspect.volume).map(|(_, layer)| (s.id, layer))).collect()
-        });
-        for (id, layer) in layers {
-            match self.pool.lock().place_of(suspect.volume, Some(layer), suspect.block) {
-                Ok(Some(segment)) if segment == suspect.segment => return Ok(Some(id)),
-                Ok(_) | Err(PoolError::NoVolume(_) | PoolError::Range { .. } | PoolError::NoSnapshot(_)) => {}
-                Err(error) => return Err(error),
+        let mirrored: Vec<SnapshotId> =
+            self.with_state(|state| state.snapshots.values().filter(|s| s.mirrored).map(|s| s.id).collect());
+        for id in mirrored {
+            if self.seen_by_snapshot(id, suspect.volume, suspect.block)? == Some(suspect) {
+                return Ok(Some(id));
             }
         }
         Ok(None)
@@ -291,10 +287,8 @@ impl Store {
         if !self.config.retain || !front.is_same_on_backup(volume, block) {
             return None;
         }
-        front.watch_id += 1;
-        let (watch, range) = (front.watch_id, BlockRange { volume, first: block, count: 1 });
-        front.watches.push(Watch { range, touched: false, id: watch });
-        Some(Repair { range, watch })
+        let range = BlockRange { volume, first: block, count: 1 };
+        Some(Repair { range, watch: front.watches.begin(range) })
     }
 
     /// Ends a repair: writes the block if the backup gave one, and nothing has come in between that makes it an old one.
@@ -310,8 +304,7 @@ impl Store {
     ) -> Result<Option<Submitted>, SubmitError> {
         let mut front = self.front.lock();
         let Repair { range, watch } = repair;
-        let touched = front.watches.iter().any(|w| w.id == watch && w.touched);
-        front.watches.retain(|w| w.id != watch);
+        let touched = front.watches.end(watch);
         let Some(data) = data else { return Ok(None) };
         let late = touched || !front.is_same_on_backup(range.volume, range.first);
         if late && !Mutant::RepairUnproven.on() {

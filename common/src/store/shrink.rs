@@ -16,7 +16,7 @@ use crate::{
     types::{BlockRange, GroupId, VolumeId},
 };
 
-use super::{ReadFailure, Store, SubmitError, Submitted, Watch};
+use super::{ReadFailure, Store, SubmitError, Submitted};
 
 /// Blocks that are read at once.
 const STEP_BLOCKS: u64 = 256;
@@ -60,12 +60,10 @@ impl Store {
     /// See [`ShrinkError`]; nothing was changed then.
     pub fn shrink(&self, volume: VolumeId, size_bytes: u64, time_unix_ms: i64) -> Result<Submitted, ShrinkError> {
         for _ in 0..TRIES {
-            let (id, group, range) = self.watch_end(volume, size_bytes)?;
+            let (watch, group, range) = self.watch_end(volume, size_bytes)?;
             let data = self.first_data(range);
             let mut front = self.front.lock();
-            let touched = front.watches.iter().any(|watch| watch.id == id && watch.touched);
-            front.watches.retain(|watch| watch.id != id);
-            if touched {
+            if front.watches.end(watch) {
                 continue;
             }
             if let Some(block) = data? {
@@ -85,10 +83,7 @@ impl Store {
         let count = spec.block_count().checked_sub(first).filter(|count| *count > 0);
         let range = BlockRange { volume, first, count: count.ok_or(ShrinkError::NotLarger(volume))? };
         let group = spec.group;
-        front.watch_id += 1;
-        let id = front.watch_id;
-        front.watches.push(Watch { range, touched: false, id });
-        Ok((id, group, range))
+        Ok((front.watches.begin(range), group, range))
     }
 
     /// The first block of a range that does not read as zeros.
