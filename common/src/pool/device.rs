@@ -135,6 +135,7 @@ pub(super) struct Device {
 
 impl Device {
     fn new(path: &str, file: Arc<dyn StorageFile>, layout: Layout) -> Self {
+        file.expect_scattered();
         Self { path: path.to_owned(), file, layout, dirty: AtomicBool::new(false), syncing: Mutex::new(()) }
     }
 
@@ -192,6 +193,22 @@ fn directory(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(dir, _)| if dir.is_empty() { "/" } else { dir })
 }
 
+/// Makes the directory of a new device, durably.
+fn make_directory(storage: &dyn Storage, dir: &str) -> io::Result<()> {
+    storage.create_dir(dir)?;
+    // Whichever of the names above it are new.
+    let mut above = dir;
+    while !above.is_empty() && above != "/" {
+        above = directory(above);
+        match storage.sync_dir(above) {
+            // Where one may not look nothing was made.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => break,
+            synced => synced?,
+        }
+    }
+    Ok(())
+}
+
 /// Makes a device. One that carries a superblock of the same pool is made anew: its pool was never finished, or with
 /// `present`, the ids of the devices that the pool has, it is none of those. With `present` its directory must exist.
 pub(super) fn create(
@@ -205,7 +222,7 @@ pub(super) fn create(
     let layout = Layout { segment_bytes: blank.segment_bytes.into(), zone_segments: blank.zone_segments.into() };
     let block_device = is_block_device(&path);
     if present.is_none() && !block_device && !directory(&path).is_empty() {
-        storage.create_dir(directory(&path)).map_err(io_error)?;
+        make_directory(storage, directory(&path)).map_err(io_error)?;
     }
     let mode = if block_device { OpenMode::Existing } else { OpenMode::OrCreate };
     let file = storage.open(&path, mode).map_err(io_error)?;

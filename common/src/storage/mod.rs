@@ -71,6 +71,8 @@ pub trait StorageFile: Send + Sync + 'static {
     fn drop_cache(&self, _offset: u64, _len: u64) -> io::Result<()> {
         Ok(())
     }
+    /// From here on small reads and writes at any place are what matters, and not one long one. A hint.
+    fn expect_scattered(&self) {}
     /// Starts writing dirty pages of the range back without waiting. A hint.
     fn start_writeback(&self, _offset: u64, _len: u64) -> io::Result<()> {
         Ok(())

@@ -10,7 +10,10 @@ use std::{
     num::NonZeroU64,
     os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use rustix::fs::FallocateFlags;
@@ -21,6 +24,9 @@ use super::{OpenMode, Storage, StorageFile};
 const IOVECS_MAX: usize = 1024;
 /// Unit of the page cache; a multiple of it where pages are larger does no harm.
 const PAGE_BYTES: u64 = 64 * 1024;
+/// The most that one call writes to a file whose writes are scattered. The page cache keeps what one call wrote, or what
+/// was read ahead, as one piece of up to 2 MiB, and ext4 walks through all of a piece for each small write into it.
+const SCATTERED_BYTES: usize = 128 * 1024;
 /// Zeros written by one call.
 static ZEROS: [u8; 256 * 1024] = [0; 256 * 1024];
 
@@ -79,7 +85,7 @@ impl Storage for RealStorage {
                 format!("{name} is neither a file nor a block device"),
             ));
         }
-        Ok(Arc::new(RealFile { file, is_device: kind.is_block_device() }))
+        Ok(Arc::new(RealFile { file, is_device: kind.is_block_device(), call_bytes: AtomicUsize::new(usize::MAX) }))
     }
 
     fn list(&self, dir: &str) -> io::Result<Vec<String>> {
@@ -124,6 +130,8 @@ fn make_dir(path: &Path) -> io::Result<()> {
 struct RealFile {
     file: File,
     is_device: bool,
+    /// The most that one call writes.
+    call_bytes: AtomicUsize,
 }
 
 impl RealFile {
@@ -154,14 +162,29 @@ impl StorageFile for RealFile {
         self.file.read_exact_at(buf, offset)
     }
 
-    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_all_at(buf, offset)
+    fn write_all_at(&self, buf: &[u8], mut offset: u64) -> io::Result<()> {
+        for part in buf.chunks(self.call_bytes.load(Ordering::Relaxed)) {
+            self.file.write_all_at(part, offset)?;
+            offset += part.len() as u64;
+        }
+        Ok(())
     }
 
     fn write_vectored_at(&self, mut bufs: &mut [IoSlice<'_>], mut offset: u64) -> io::Result<()> {
+        let call_bytes = self.call_bytes.load(Ordering::Relaxed);
         IoSlice::advance_slices(&mut bufs, 0);
-        while !bufs.is_empty() {
-            match rustix::io::pwritev(&self.file, &bufs[..bufs.len().min(IOVECS_MAX)], offset) {
+        while let Some(first) = bufs.first() {
+            let mut left = call_bytes;
+            let whole = bufs.iter().take(IOVECS_MAX).take_while(|buf| {
+                let fits = buf.len() <= left;
+                left = left.saturating_sub(buf.len());
+                fits
+            });
+            let written = match whole.count() {
+                0 => rustix::io::pwrite(&self.file, &first[..call_bytes], offset),
+                count => rustix::io::pwritev(&self.file, &bufs[..count], offset),
+            };
+            match written {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => {
                     IoSlice::advance_slices(&mut bufs, written);
@@ -204,6 +227,12 @@ impl StorageFile for RealFile {
         }
     }
 
+    fn expect_scattered(&self) {
+        self.call_bytes.store(SCATTERED_BYTES, Ordering::Relaxed);
+        // Without reading ahead. Where the system does not take the advice, all is as it was.
+        let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::Random);
+    }
+
     /// By `posix_fadvise`, and not by direct I/O: that needs aligned memory and a file system that has it, and first
     /// writes back, under clients' writes, what is dirty.
     fn drop_cache(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -218,7 +247,7 @@ impl StorageFile for RealFile {
         let end = end_of(offset, len)?;
         while offset < end {
             let n = usize::try_from(end - offset).map_or(ZEROS.len(), |rest| rest.min(ZEROS.len()));
-            self.file.write_all_at(&ZEROS[..n], offset)?;
+            self.write_all_at(&ZEROS[..n], offset)?;
             offset += n as u64;
         }
         Ok(())
@@ -239,15 +268,24 @@ mod tests {
     fn vectored_write_takes_more_buffers_than_one_call() {
         let dir = tempfile::tempdir().unwrap();
         let storage = RealStorage::new(dir.path().join("data")).unwrap();
-        let file = storage.open("f", OpenMode::CreateNew).unwrap();
-        let parts: Vec<Vec<u8>> = (0..3000usize).map(|i| vec![i.to_le_bytes()[0]; i % 7]).collect();
-        let mut slices: Vec<_> = parts.iter().map(|p| IoSlice::new(p)).collect();
-        file.write_vectored_at(&mut slices, 10).unwrap();
+        let mut parts: Vec<Vec<u8>> = (0..3000usize).map(|i| vec![i.to_le_bytes()[0]; i % 7]).collect();
+        let byte = |n: usize| (n % 251).to_le_bytes()[0];
+        let long = |bytes: usize| (0..bytes).map(byte).collect::<Vec<u8>>();
+        parts.extend([long(SCATTERED_BYTES), long(3 * SCATTERED_BYTES + 1), long(20_000), long(20_000)]);
         let expected = parts.concat();
-        let mut read = vec![0; expected.len()];
-        file.read_exact_at(&mut read, 10).unwrap();
-        assert_eq!(read, expected);
-        assert_eq!(file.len().unwrap(), 10 + expected.len() as u64);
+        for (name, scattered) in [("f", false), ("g", true)] {
+            let file = storage.open(name, OpenMode::CreateNew).unwrap();
+            if scattered {
+                file.expect_scattered();
+            }
+            let mut slices: Vec<_> = parts.iter().map(|p| IoSlice::new(p)).collect();
+            file.write_vectored_at(&mut slices, 10).unwrap();
+            file.write_all_at(&expected, 10 + expected.len() as u64).unwrap();
+            let mut read = vec![0; 2 * expected.len()];
+            file.read_exact_at(&mut read, 10).unwrap();
+            assert!(read == [&expected[..], &expected].concat(), "{name}");
+            assert_eq!(file.len().unwrap(), 10 + read.len() as u64);
+        }
     }
 
     #[test]
