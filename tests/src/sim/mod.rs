@@ -85,6 +85,7 @@ struct Faults {
     readers: bool,
     lanes: bool,
     snapshots: bool,
+    devices: bool,
 }
 
 /// How often something happened in a run, or in many.
@@ -125,6 +126,12 @@ pub const PATHS: &[&str] = &[
     "snapshots taken on both sides",
     "snapshots deleted",
     "snapshots compared",
+    "devices added",
+    "devices to be drained",
+    "drains cancelled",
+    "drains refused",
+    "segments moved off a device",
+    "devices removed",
 ];
 
 /// How a run ended, for the test's summary and for comparing two runs of one seed.
@@ -197,6 +204,7 @@ fn run_with(seed: u64, steps: u32, with_delta: bool) -> Result<Summary, Violatio
         readers: rng.random_bool(0.5),
         lanes: rng.random_bool(0.5),
         snapshots: rng.random_bool(0.5),
+        devices: rng.random_bool(0.3),
     };
     let primary = Node::new(Role::Primary, &mut rng, &faults);
     let backup = Node::new(Role::Backup, &mut rng, &faults);
@@ -256,6 +264,10 @@ impl World {
                 0 => self.check_snapshots(),
                 _ => self.change_snapshots(),
             };
+        }
+        if self.faults.devices && self.rng.random_bool(0.02) {
+            let node = if self.rng.random() { &mut self.primary } else { &mut self.backup };
+            return node.change_devices(&mut self.rng, &mut self.summary);
         }
         let choice = self.rng.random_range(0..1000u32);
         self.note(u64::from(choice));
@@ -458,6 +470,9 @@ impl World {
         self.check_at_rest()?;
         self.check_delta_at_rest()?;
         self.check_snapshots_at_rest()?;
+        for node in [&self.primary, &self.backup] {
+            self.summary.count("devices removed", node.removed_devices());
+        }
         if self.rng.random_bool(0.3) {
             self.check_damaged_journal()?;
         }
@@ -468,6 +483,9 @@ impl World {
 
     /// The backup's pool is full for good: somebody gives it space, and the groups it refused must catch up.
     fn give_space(&mut self) -> Outcome {
+        if self.faults.devices {
+            return self.backup.add_space();
+        }
         if self.backup.config.pool.devices[0].size_bytes.is_some() {
             return Ok(());
         }

@@ -8,12 +8,12 @@ use understudy_common::{
     catalog::{Catalog, DEFAULT_CACHE_BYTES},
     journal::JournalConfig,
     lane::Lanes,
-    pool::{DeviceConfig, Piece, Pool, PoolConfig, PoolIo, ReadTicket},
+    pool::{DeviceConfig, DeviceStanding, MemberError, Piece, Pool, PoolConfig, PoolIo, ReadTicket},
     storage::{
         Storage,
         sim::{Fault, OpKind, SimStorage},
     },
-    store::{self, ApplyJob, BatchJob, CheckpointJob, Levels, Recovery, Role, Store, StoreConfig},
+    store::{self, ApplyJob, BatchJob, CheckpointJob, Levels, Recovery, RelocationJob, Role, Store, StoreConfig},
     types::{Lsn, Uid, VolumeSpec},
 };
 
@@ -51,6 +51,10 @@ pub(super) struct Node {
     /// Group commits under way, oldest first.
     batches: VecDeque<Commit>,
     apply: Option<ApplyJob>,
+    /// Segments on their way off a device that is drained: in the place of an apply job.
+    relocation: Option<RelocationJob>,
+    /// Devices that were added, and some that were to be.
+    devices: u32,
     checkpoint: Option<CheckpointJob>,
     reads: Vec<HeldRead>,
     sync_fault: bool,
@@ -119,6 +123,8 @@ impl Node {
             config,
             batches: VecDeque::new(),
             apply: None,
+            relocation: None,
+            devices: 0,
             checkpoint: None,
             reads: Vec::new(),
             sync_fault: false,
@@ -152,12 +158,16 @@ impl Node {
                 if self.apply.is_none() {
                     self.apply = store.take_apply();
                 }
+                if self.apply.is_none() && self.relocation.is_none() {
+                    self.relocation = store.take_relocation();
+                }
             }
             16..20 => {
                 if let Some(mut job) = self.apply.take() {
                     let result = job.run();
                     store.finish_apply(job, result);
                 }
+                self.finish_relocation(summary);
             }
             20 | 21 => {
                 store.sweep();
@@ -183,6 +193,59 @@ impl Node {
                 }
             }
         }
+    }
+
+    fn finish_relocation(&mut self, summary: &mut Summary) {
+        if let Some(mut job) = self.relocation.take() {
+            let result = job.run();
+            summary.count("segments moved off a device", u64::from(result.is_ok()));
+            self.store().finish_relocation(job, result);
+        }
+    }
+
+    /// Somebody adds a device, drains one, or thinks better of it.
+    pub fn change_devices(&mut self, rng: &mut Pcg64Mcg, summary: &mut Summary) -> Outcome {
+        // A device that is not part of the pool yet, or any more, may fail: the node goes on.
+        if self.sync_fault {
+            return Ok(());
+        }
+        let store = Arc::clone(self.store());
+        let of = |wanted: &[DeviceStanding]| {
+            let devices = store.devices().into_iter();
+            devices.filter(|device| wanted.contains(&device.standing)).map(|device| device.path).collect::<Vec<_>>()
+        };
+        let serving = of(&[DeviceStanding::Serving]);
+        let (what, changed) = match rng.random_range(0..6) {
+            choice if serving.len() == 1 || choice < 2 && serving.len() < 4 => ("devices added", self.add_device(rng)),
+            2..5 => match serving.into_iter().choose(rng) {
+                Some(path) => ("devices to be drained", store.drain_device(&path)),
+                None => return Ok(()),
+            },
+            _ => match of(&[DeviceStanding::Draining]).into_iter().choose(rng) {
+                Some(path) => ("drains cancelled", store.cancel_drain(&path)),
+                None => return Ok(()),
+            },
+        };
+        match changed {
+            Ok(_) => summary.count(what, 1),
+            Err(MemberError::Last { .. } | MemberError::NoRoom { .. }) => summary.count("drains refused", 1),
+            Err(MemberError::Busy) => {}
+            Err(error) => return Err(broken(format!("the {}'s devices: {error}", self.role))),
+        }
+        Ok(())
+    }
+
+    fn add_device(&mut self, rng: &mut Pcg64Mcg) -> Result<u16, MemberError> {
+        self.devices += 1;
+        let size_bytes = device_bytes(rng.random_range(4..40));
+        self.store().add_device(&format!("device{}", self.devices), Some(size_bytes))
+    }
+
+    /// Space for one whose pool is full for good.
+    pub fn add_space(&mut self) -> Outcome {
+        self.devices += 1;
+        let added = self.store().add_device(&format!("device{}", self.devices), Some(device_bytes(64)));
+        added.map(drop).map_err(|error| broken(format!("the {} gets no space: {error}", self.role)))
     }
 
     fn take_batch(&mut self) {
@@ -227,6 +290,10 @@ impl Node {
     /// Applies what is durable and makes a checkpoint, whatever else is under way.
     pub fn checkpoint_now(&mut self) {
         let store = Arc::clone(self.store());
+        if let Some(mut job) = self.relocation.take() {
+            let result = job.run();
+            store.finish_relocation(job, result);
+        }
         while let Some(mut job) = self.apply.take().or_else(|| store.take_apply()) {
             let result = job.run();
             store.finish_apply(job, result);
@@ -237,6 +304,10 @@ impl Node {
         }
     }
 
+    pub fn removed_devices(&self) -> u64 {
+        self.store().devices().iter().filter(|device| device.standing == DeviceStanding::Removed).count() as u64
+    }
+
     /// Volumes of reads that are held open.
     pub fn held_volumes(&self) -> impl Iterator<Item = &VolumeSpec> {
         self.reads.iter().map(|read| &read.spec)
@@ -245,7 +316,8 @@ impl Node {
     // --- faults
 
     pub fn plan_failed_sync(&mut self, nth: u64) {
-        if !self.sync_fault {
+        // A device that joins or leaves may fail, and the node goes on.
+        if !self.sync_fault && !self.store().has_changing_devices() {
             self.sync_fault = true;
             self.disk.fail_nth(OpKind::Sync, nth, Fault::EIO);
         }
@@ -291,7 +363,7 @@ impl Node {
         // Its handles are dead: nothing that ends here tidies up on the disk.
         self.reads.clear();
         self.batches.clear();
-        (self.apply, self.checkpoint, self.store) = (None, None, None);
+        (self.apply, self.relocation, self.checkpoint, self.store) = (None, None, None, None);
     }
 
     /// Loses a node before, inside or after whatever it has under way.
@@ -302,6 +374,12 @@ impl Node {
             // What is under way gets as far as the disk lets it.
             if rng.random_bool(0.1) {
                 store.grow();
+            }
+            if self.devices > 0 && rng.random_bool(0.2) {
+                let _ = self.add_device(rng);
+            }
+            if let Some(mut job) = self.relocation.take() {
+                let _ = job.run();
             }
             if rng.random_bool(0.5)
                 && let Some(job) = self.checkpoint.take().or_else(|| store.take_checkpoint())

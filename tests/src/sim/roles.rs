@@ -5,6 +5,9 @@
 //! head, a backup's image and what a promotion makes of it are compared with that; in the end the two sides are joined
 //! by whatever the situation asks for (attach, demotion, yielding), and must be identical.
 //!
+//! In some of the seeds snapshots are taken, deleted and restored, and promotions go back to one: each is the image that it
+//! was taken of wherever it is, and a volume that is filled from one is served again when it is that image.
+//!
 //! Only calls a service makes are made here, in its order. Messages of a session do not overtake each other: that is the
 //! matter of the other simulations.
 
@@ -27,9 +30,10 @@ use understudy_common::{
     state::{GroupMode, GroupState},
     storage::{Storage, sim::SimStorage},
     store::{
-        self, Change, Levels, ModeError, Promotion, Role, RoleError, ShrinkError, Store, StoreConfig, SubmitError,
+        self, Change, Levels, ModeError, Promotion, Role, RoleError, ShrinkError, SnapshotError, Store, StoreConfig,
+        SubmitError,
     },
-    types::{AckRule, AwayRule, BlockSize, GroupId, Position, Uid, VolumeId, VolumeSpec},
+    types::{AckRule, AwayRule, BlockSize, GroupId, Position, SnapshotId, Uid, VolumeId, VolumeSpec},
 };
 use understudy_primary::{
     runner::{RunOptions, Runner},
@@ -58,6 +62,12 @@ pub const PATHS: &[&str] = &[
     "old disks put back",
     "old copies of a primary put back",
     "old copies refused",
+    "snapshots taken",
+    "snapshots deleted",
+    "snapshots compared",
+    "restores begun",
+    "promotions to a snapshot",
+    "volumes filled from a snapshot",
     "identical at the end",
 ];
 
@@ -98,6 +108,8 @@ struct World {
     /// The image of a group behind each record of any primary: by the id of its generation, for numbers are used twice
     /// where the pair splits.
     images: BTreeMap<(GroupId, Uid, Position), Image>,
+    /// What each snapshot was taken of. Their ids are never used twice, unless a primary goes on as an old copy.
+    snapshots: BTreeMap<SnapshotId, Image>,
     /// Generations of which an old copy of the primary was put back: two records may have one position, so nothing is known
     /// of a backup that holds one.
     copied: BTreeSet<Uid>,
@@ -110,6 +122,7 @@ struct World {
     summary: Summary,
     forks: bool,
     old_disks: bool,
+    with_snapshots: bool,
 }
 
 /// The id of a generation that a node knows; nil for one that it does not.
@@ -197,12 +210,13 @@ pub fn run(seed: u64, steps: u32) -> Result<Summary, Violation> {
         old_self: None,
     };
     let hosts = [host(&mut rng), host(&mut rng)];
-    let (forks, old_disks) = (rng.random_bool(0.3), rng.random_bool(0.3));
+    let (forks, old_disks, with_snapshots) = (rng.random_bool(0.3), rng.random_bool(0.3), rng.random_bool(0.4));
     let mut world = World {
         rng,
         hosts,
         session: None,
         images: BTreeMap::new(),
+        snapshots: BTreeMap::new(),
         copied: BTreeSet::new(),
         refused_copy: false,
         joining: false,
@@ -211,6 +225,7 @@ pub fn run(seed: u64, steps: u32) -> Result<Summary, Violation> {
         summary: Summary::default(),
         forks,
         old_disks,
+        with_snapshots,
     };
     world.open(0, Role::Primary)?;
     world.open(1, Role::Backup)?;
@@ -391,10 +406,7 @@ impl World {
 
     fn write(&mut self, host: usize) -> Outcome {
         let store = Arc::clone(self.hosts[host].store());
-        let Some((group, volume)) = store
-            .with_state(|s| s.volumes.values().map(|spec| (spec.group, spec.id)).collect::<Vec<_>>())
-            .into_iter()
-            .choose(&mut self.rng)
+        let Some((group, volume)) = served(&store).into_iter().map(|spec| (spec.group, spec.id)).choose(&mut self.rng)
         else {
             return Ok(());
         };
@@ -432,8 +444,7 @@ impl World {
 
     fn resize(&mut self, host: usize) -> Outcome {
         let store = Arc::clone(self.hosts[host].store());
-        let specs = store.with_state(|s| s.volumes.values().cloned().collect::<Vec<_>>());
-        let Some(spec) = specs.into_iter().choose(&mut self.rng) else { return Ok(()) };
+        let Some(spec) = served(&store).into_iter().choose(&mut self.rng) else { return Ok(()) };
         if self.hosts[host].told {
             return Ok(());
         }
@@ -460,11 +471,9 @@ impl World {
 
     fn delete(&mut self, host: usize) -> Outcome {
         let store = Arc::clone(self.hosts[host].store());
-        let specs = store.with_state(|s| {
-            let last = |spec: &&VolumeSpec| s.groups[&spec.group].volumes.len() > 1;
-            s.volumes.values().filter(last).cloned().collect::<Vec<_>>()
-        });
-        let Some(spec) = specs.into_iter().choose(&mut self.rng) else { return Ok(()) };
+        let specs = served(&store).into_iter();
+        let mut specs = specs.filter(|spec| store.with_state(|s| s.groups[&spec.group].volumes.len() > 1));
+        let Some(spec) = specs.by_ref().choose(&mut self.rng) else { return Ok(()) };
         if self.hosts[host].told {
             return Ok(());
         }
@@ -472,6 +481,146 @@ impl World {
         self.changed(host, spec.group, submitted.map(|s| s.position), |image| {
             image.remove(&spec.id);
         })
+    }
+
+    // --- snapshots
+
+    /// Of every group under one name, so that a promotion may go back to it.
+    fn take_snapshots(&mut self, host: usize) -> Outcome {
+        let store = Arc::clone(self.hosts[host].store());
+        let name = format!("s{}", self.time);
+        let groups = store.with_state(|s| {
+            let few = |g: &&GroupState| s.snapshots_of(g.id).count() < 3;
+            s.groups.values().filter(few).map(|g| g.id).collect::<Vec<_>>()
+        });
+        for group in groups {
+            let filling = store.restores().iter().any(|(id, _)| store.with_state(|s| s.volumes[id].group == group));
+            if self.hosts[host].told || filling {
+                continue;
+            }
+            let submitted = match store.take_snapshot(group, &name, self.time) {
+                Ok((snapshot, submitted)) => {
+                    let image = self.hosts[host].heads.get(&group).cloned().unwrap_or_default();
+                    self.snapshots.insert(snapshot.id, image);
+                    self.count("snapshots taken");
+                    Ok(submitted.position)
+                }
+                Err(SnapshotError::Submit(error)) => Err(error),
+                Err(error) => return Err(broken(format!("a snapshot of group {group} was refused: {error}"))),
+            };
+            self.changed(host, group, submitted, |_| {})?;
+        }
+        Ok(())
+    }
+
+    fn delete_snapshot(&mut self, host: usize) -> Outcome {
+        let store = Arc::clone(self.hosts[host].store());
+        let taken = store.with_state(|s| s.snapshots.values().map(|s| (s.id, s.group)).collect::<Vec<_>>());
+        let Some((id, group)) = taken.into_iter().choose(&mut self.rng) else { return Ok(()) };
+        if self.hosts[host].told {
+            return Ok(());
+        }
+        let submitted = match store.drop_snapshot(id, self.time) {
+            Ok(submitted) => {
+                self.count("snapshots deleted");
+                Ok(submitted.position)
+            }
+            Err(SnapshotError::InUse) => return Ok(()),
+            Err(SnapshotError::Submit(error)) => Err(error),
+            Err(error) => return Err(broken(format!("snapshot {id} is not deleted: {error}"))),
+        };
+        self.changed(host, group, submitted, |_| {})
+    }
+
+    fn begin_restore(&mut self, host: usize) -> Outcome {
+        let store = Arc::clone(self.hosts[host].store());
+        let Some((id, volumes)) = store
+            .with_state(|s| s.snapshots.values().map(|s| (s.id, s.layers.clone())).collect::<Vec<_>>())
+            .into_iter()
+            .choose(&mut self.rng)
+        else {
+            return Ok(());
+        };
+        if self.hosts[host].told {
+            return Ok(());
+        }
+        let volumes = volumes.into_iter().map(|(volume, _)| (volume, volume)).collect();
+        match store.begin_restore(id, volumes, self.time) {
+            Ok(_) => self.count("restores begun"),
+            Err(SnapshotError::Smaller { .. } | SnapshotError::Submit(_)) => {}
+            Err(error) => return Err(broken(format!("a restore from snapshot {id} was refused: {error}"))),
+        }
+        Ok(())
+    }
+
+    /// A step of filling a volume from a snapshot, by what differs.
+    fn fill(&mut self, host: usize) -> Outcome {
+        if self.hosts[host].told {
+            return Ok(());
+        }
+        // What it was filled with is not read before it is applied.
+        self.settle(host)?;
+        let store = Arc::clone(self.hosts[host].store());
+        let Some((volume, restore)) = store.restores().into_iter().choose(&mut self.rng) else { return Ok(()) };
+        let group = store.with_state(|s| s.volumes[&volume].group);
+        let mut wanted = self.snapshots[&restore.snapshot][&restore.source].clone();
+        let head = &self.hosts[host].heads[&group][&volume];
+        if wanted.len() > head.len() {
+            return Err(broken(format!("volume {volume} is filled from a snapshot in which it is larger")));
+        }
+        wanted.resize(head.len(), Stamp(0));
+        let Some(first) = (0..head.len()).find(|block| head[*block] != wanted[*block]) else {
+            let ended = store.end_restore(vec![volume], self.time);
+            self.count("volumes filled from a snapshot");
+            return match ended {
+                Ok(_) | Err(SubmitError::StagingFull { .. } | SubmitError::Failed(_) | SubmitError::NotPrimary) => {
+                    Ok(())
+                }
+                Err(error) => Err(broken(format!("volume {volume} is not served again: {error}"))),
+            };
+        };
+        let count = (head.len() - first).min(16);
+        // What is read, not what is remembered.
+        let reader = store.snapshot_reader(restore.snapshot, restore.source);
+        let reader = reader.map_err(|error| broken(format!("snapshot {}: {error}", restore.snapshot)))?;
+        let held = usize::try_from(reader.spec().block_count()).expect("small").saturating_sub(first).min(count);
+        let mut data = vec![0; count * BLOCK];
+        if held > 0 {
+            let read = reader.read(first as u64, held as u64);
+            let read = read.map_err(|error| broken(format!("snapshot {}: {error}", restore.snapshot)))?;
+            data[..held * BLOCK].copy_from_slice(&read);
+        }
+        let crcs = record::block_crcs(&data, BlockSize::new(512).expect("a power of two"));
+        let change = Change::Write { data: Bytes::from(data), crcs };
+        let submitted = store.submit_restored(volume, first as u64, change, self.time);
+        self.changed(host, group, submitted.map(|s| s.position), |image| {
+            if let Some(blocks) = image.get_mut(&volume) {
+                blocks[first..first + count].copy_from_slice(&wanted[first..first + count]);
+            }
+        })
+    }
+
+    /// A snapshot is what it was taken of, wherever it is.
+    fn check_snapshots(&mut self, host: usize) -> Outcome {
+        let store = Arc::clone(self.hosts[host].store());
+        let applied = store.marks().borrow().applied;
+        let snapshots = store.with_state(|s| s.snapshots.values().cloned().collect::<Vec<_>>());
+        for snapshot in snapshots.into_iter().filter(|snapshot| snapshot.lsn <= applied) {
+            let Some(image) = self.snapshots.get(&snapshot.id) else {
+                return Err(broken(format!("node {host} has snapshot {}, which nobody took", snapshot.id)));
+            };
+            for (volume, _) in &snapshot.layers {
+                let (spec, _) = snapshot.volume(*volume).expect("it has its layer");
+                let reader = store.snapshot_reader(snapshot.id, *volume);
+                let read = reader
+                    .map_err(|e| e.to_string())
+                    .and_then(|reader| reader.read(0, spec.block_count()).map_err(|e| e.to_string()));
+                let data = read.map_err(|e| broken(format!("node {host}: snapshot {}: {e}", snapshot.id)))?;
+                compare(host, spec, &data, image.get(volume))?;
+            }
+            self.count("snapshots compared");
+        }
+        Ok(())
     }
 
     // --- steps
@@ -486,6 +635,14 @@ impl World {
             let host = self.rng.random_range(0..2);
             return self.promote(host, true);
         };
+        if self.with_snapshots && self.rng.random_bool(0.2) {
+            return match self.rng.random_range(0..12) {
+                0..3 => self.take_snapshots(primary),
+                3 => self.delete_snapshot(primary),
+                4 => self.begin_restore(primary),
+                _ => self.fill(primary),
+            };
+        }
         match self.rng.random_range(0..100) {
             0..40 => self.write(primary),
             40..43 => self.resize(primary),
@@ -514,7 +671,7 @@ impl World {
             }
             96..98 => self.demote(primary),
             98 if self.old_disks => self.swap_disk(Self::other(primary)),
-            99 if self.old_disks => self.swap_primary(primary),
+            99 if self.old_disks && !self.with_snapshots => self.swap_primary(primary),
             _ => Ok(()),
         }
     }
@@ -605,6 +762,7 @@ impl World {
             before.insert(group, image);
         }
         let in_run = store.with_state(|s| s.groups.values().any(|g| g.run.is_some() && g.consistent));
+        let at = if self.rng.random_bool(0.5) { self.common_snapshot(&store) } else { None };
         let generation = store.identity().generation;
         let stale = generation.wrapping_add(1);
         if !matches!(
@@ -615,7 +773,8 @@ impl World {
         }
         self.plan_crash(host, 12);
         let id = Uid(self.rng.random());
-        let promoted = store.promote(Promotion { expected: Some(generation), force: diverged || must, at: None }, id);
+        let wanted = Promotion { expected: Some(generation), force: diverged || must, at: at.as_deref() };
+        let promoted = store.promote(wanted, id);
         match promoted {
             Ok((number, _)) if number > generation => {}
             Ok((number, _)) => return Err(broken(format!("a promotion of generation {generation} gave {number}"))),
@@ -626,12 +785,46 @@ impl World {
                 return self.reopen(host);
             }
         }
+        let mut filled = BTreeSet::new();
+        if let Some(at) = &at {
+            for (group, image) in &mut before {
+                let snapshot = store.with_state(|s| s.snapshot_by_name(*group, at).cloned());
+                let snapshot = snapshot.ok_or_else(|| broken("a promotion to a snapshot that is not there"))?;
+                for (volume, _) in &snapshot.layers {
+                    let held = self.snapshots[&snapshot.id][volume].len();
+                    // It may be gone in the image, which a run has brought.
+                    if let Some(blocks) = image.get_mut(volume) {
+                        blocks.resize(blocks.len().max(held), Stamp(0));
+                        filled.insert(*volume);
+                    }
+                }
+            }
+        }
         drop(store);
-        self.reopen_promoted(host, id, &before, in_run)
+        self.reopen_promoted(host, id, &before, in_run, at.is_some().then_some(&filled))
+    }
+
+    /// A snapshot that every group with an image has under one name.
+    fn common_snapshot(&mut self, store: &Store) -> Option<String> {
+        let names = store.with_state(|s| {
+            let mut groups = s.groups.values().filter(|g| g.consistent);
+            let names = |g: &GroupState| s.snapshots_of(g.id).map(|s| s.name.clone()).collect::<BTreeSet<_>>();
+            let first = groups.next().map(names).unwrap_or_default();
+            groups.fold(first, |common, group| &common & &names(group))
+        });
+        names.into_iter().choose(&mut self.rng)
     }
 
     /// The image of each group behind a promotion is that from before it.
-    fn reopen_promoted(&mut self, host: usize, id: Uid, before: &BTreeMap<GroupId, Image>, in_run: bool) -> Outcome {
+    /// With `filled` it went back to a snapshot, and these volumes are not served before they are what that was.
+    fn reopen_promoted(
+        &mut self,
+        host: usize,
+        id: Uid,
+        before: &BTreeMap<GroupId, Image>,
+        in_run: bool,
+        filled: Option<&BTreeSet<VolumeId>>,
+    ) -> Outcome {
         self.stop_for_change(host);
         let role = loop {
             match store::role_of(&self.hosts[host].disk.clone()) {
@@ -661,8 +854,18 @@ impl World {
             if !before.keys().all(|group| kept.contains(group)) {
                 return Err(broken("a group with an image was lost by a promotion"));
             }
+            let filling: BTreeSet<VolumeId> = store.restores().into_iter().map(|(volume, _)| volume).collect();
+            if filled.is_some() {
+                self.count("promotions to a snapshot");
+            }
+            if filling != filled.cloned().unwrap_or_default() {
+                return Err(broken(format!("volumes {filling:?} are filled behind a promotion, not {filled:?}")));
+            }
+            // A volume that was larger in its snapshot grows first.
+            let later = |g: &GroupState, promoted_at| g.position.lsn > promoted_at && filled.is_some();
             if let Some(group) = store.with_state(|s| {
-                s.groups.values().find(|g| g.mode.is_continuous() || g.position.lsn != s.promoted_at).map(|g| g.id)
+                let begins = |g: &&GroupState| g.position.lsn == s.promoted_at || later(g, s.promoted_at);
+                s.groups.values().find(|g| g.mode.is_continuous() || !begins(g)).map(|g| g.id)
             }) {
                 return Err(broken(format!("group {group} does not begin anew behind a promotion")));
             }
@@ -990,7 +1193,8 @@ impl World {
                 image.len()
             )));
         }
-        for spec in specs {
+        let filling = store.restores();
+        for spec in specs.into_iter().filter(|spec| filling.iter().all(|(volume, _)| *volume != spec.id)) {
             let read = store.read(spec.id, 0, spec.block_count());
             let data = read.map_err(|e| broken(format!("node {host}, volume {}: {e}", spec.id)))?.data;
             compare(host, &spec, &data, image.get(&spec.id))?;
@@ -1001,10 +1205,14 @@ impl World {
     /// Each backup holds, of each group with an image, the one of its position.
     fn check_images(&mut self) -> Outcome {
         for host in 0..2 {
-            if !self.hosts[host].is_up() || self.hosts[host].role() != Role::Backup || self.rng.random_bool(0.8) {
+            if !self.hosts[host].is_up() || self.rng.random_bool(0.8) {
                 continue;
             }
             self.settle(host)?;
+            self.check_snapshots(host)?;
+            if self.hosts[host].role() != Role::Backup {
+                continue;
+            }
             let store = Arc::clone(self.hosts[host].store());
             for group in port::groups(&store) {
                 let Some(view) = port::view(&store, group).filter(|view| view.consistent) else { continue };
@@ -1151,6 +1359,10 @@ impl World {
             return Ok(false);
         }
         for _ in 0..20 {
+            self.fill(primary)?;
+            if self.hosts[primary].role() != Role::Primary {
+                return Ok(false);
+            }
             self.begin(RunKind::Final)?;
             self.exchange()?;
             self.turn_run()?;
@@ -1162,7 +1374,7 @@ impl World {
         }
         let store = Arc::clone(self.hosts[primary].store());
         let continuous = store.with_state(|s| s.groups.values().all(|g| g.mode.is_continuous()));
-        if !continuous || store.retained_oldest().is_some() {
+        if !continuous || store.retained_oldest().is_some() || !store.restores().is_empty() {
             return Ok(false);
         }
         let theirs = Arc::clone(self.hosts[backup].store());
@@ -1171,6 +1383,8 @@ impl World {
             self.check_head(&store, primary, *group, image)?;
             self.check_head(&theirs, backup, *group, image)?;
         }
+        self.check_snapshots(primary)?;
+        self.check_snapshots(backup)?;
         Ok(true)
     }
 
@@ -1181,6 +1395,11 @@ impl World {
             Err(error) => Err(broken(format!("a side cannot give up: {error}"))),
         }
     }
+}
+
+/// Volumes that are not being filled from a snapshot.
+fn served(store: &Store) -> Vec<VolumeSpec> {
+    store.with_state(|s| s.volumes.values().filter(|spec| !s.restores.contains_key(&spec.id)).cloned().collect())
 }
 
 fn read_image(store: &Arc<Store>, group: GroupId) -> Result<Image, Violation> {
