@@ -191,6 +191,8 @@ async fn a_clone_is_written_while_replication_goes_on_and_nobody_else_sees_it() 
     ensure!(world.read(Role::Backup, "old", "").await? == monday, "the base went with the snapshot");
     ensure!(world.read(Role::Backup, "try", "").await? == expected);
     let list = world.list().await?;
+    let status = world.backup().get_status(v1::GetStatusRequest {}).await?.into_inner();
+    ensure!(status.clones == list, "{:?}", status.clones);
     ensure!(list.len() == 2 && list[0].name == "old" && list[1].written_bytes > 0, "{list:?}");
 
     // Discarded, and gone.

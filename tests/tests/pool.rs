@@ -6,10 +6,10 @@ use anyhow::{Context as _, Result, ensure};
 use tonic::{Code, transport::Channel};
 use understudy_proto::v1::{
     self, AckRule, AwayRule, DeviceState, backup_service_client::BackupServiceClient,
-    volume_service_client::VolumeServiceClient,
+    replication_service_client::ReplicationServiceClient, volume_service_client::VolumeServiceClient,
 };
 use understudy_tests::process::{
-    Role,
+    PATIENCE, Role,
     alone::Alone,
     load::{BLOCK_BYTES, BLOCKS_PER_WRITER, Load},
     pair::Pair,
@@ -145,6 +145,17 @@ async fn fill(channel: Channel, volume: &str) -> Result<()> {
     Ok(())
 }
 
+/// The kinds of the events up to the next one of this kind.
+async fn until(events: &mut tonic::Streaming<v1::Event>, kind: &str) -> Result<Vec<String>> {
+    let mut told = Vec::new();
+    while told.last().is_none_or(|last| last != kind) {
+        let event = tokio::time::timeout(PATIENCE, events.message()).await;
+        let event = event.with_context(|| format!("no {kind} behind {told:?}"))??;
+        told.push(event.context("the stream of events ended")?.kind);
+    }
+    Ok(told)
+}
+
 #[tokio::test]
 async fn beyond_the_stop_level_new_space_is_refused_and_overwrites_go_on() -> Result<()> {
     let directory = tempfile::tempdir()?;
@@ -170,8 +181,15 @@ async fn beyond_the_stop_level_new_space_is_refused_and_overwrites_go_on() -> Re
     for segment in 0..taken {
         alone.write(segment * 16, 2).await?;
     }
+    // The operator is told when it runs short, once, and when it has space again.
+    let mut replication = ReplicationServiceClient::new(alone.node.channel()?);
+    let mut events = replication.watch_events(v1::WatchEventsRequest { after: 1 }).await?.into_inner();
+    until(&mut events, "pool.low").await?;
     let more = format!("{}-2", directory.path().join("device").display());
-    volumes.add_device(v1::AddDeviceRequest { path: more, size_bytes: 8 << 20 }).await?;
+    volumes.add_device(v1::AddDeviceRequest { path: more, size_bytes: 16 << 20 }).await?;
     alone.write(taken * 16, 3).await?;
+
+    let relieved = until(&mut events, "pool.relieved").await?;
+    ensure!(!relieved.contains(&"pool.low".to_owned()), "it was told twice: {relieved:?}");
     Ok(())
 }

@@ -275,6 +275,12 @@ async fn a_snapshot_is_not_deleted_while_a_volume_is_filled_from_it() -> Result<
     let refused = world.delete("good").await.err().context("it was deleted under the restore")?;
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
     assert!(refused.message().contains("being filled from the snapshot"), "{refused}");
+    // Nor does the primary end with the volume half filled.
+    let mut primary = ReplicationServiceClient::new(world.pair.node(Role::Primary)?.channel()?);
+    let drained = v1::DemoteRequest { drain: true, timeout_ms: 500 };
+    let refused = primary.demote(drained).await.err().context("it was demoted under the restore")?;
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    assert!(refused.message().contains("volume data is being filled from a snapshot"), "{refused}");
 
     world.pair.link.set(Link::Open);
     let mut finished = false;
