@@ -1011,6 +1011,7 @@ impl ReplicaNode for Node {
             recovery_seconds: self.inner.recovery_time.as_secs_f64(),
             recovery_records: self.inner.recovery.replayed,
             version: env!("CARGO_PKG_VERSION").into(),
+            clones: self.inner.clones.list(),
             ..v1::Status::default()
         }
     }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
-use understudy_common::units::civil;
+pub(crate) use understudy_common::units::time_text as time;
 
 /// One line of an error, however many the cause had.
 pub(crate) fn one_line(text: &str) -> String {
@@ -70,19 +70,6 @@ pub(crate) fn rate(bytes: f64) -> String {
 #[allow(clippy::cast_precision_loss, reason = "a measurement")]
 pub(crate) fn per_second(count: u64, time: Duration) -> f64 {
     count as f64 / time.as_secs_f64().max(1e-9)
-}
-
-/// A time of the services in RFC 3339; empty where it is not known.
-pub(crate) fn time(unix_ms: i64) -> String {
-    let Ok(ms) = u64::try_from(unix_ms) else { return String::new() };
-    if ms == 0 {
-        return String::new();
-    }
-    let (seconds, millis) = (ms / 1000, ms % 1000);
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil(days);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
 }
 
 /// How long ago a time of the services was.

@@ -181,6 +181,17 @@ pub fn civil(days: u64) -> (u64, u64, u64) {
     (year_of_era + era * 400 + u64::from(month <= 2), month, day)
 }
 
+/// A time in RFC 3339, with milliseconds; empty where it is not known.
+#[must_use]
+pub fn time_text(unix_ms: i64) -> String {
+    let Ok(ms @ 1..) = u64::try_from(unix_ms) else { return String::new() };
+    let (seconds, millis) = (ms / 1000, ms % 1000);
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

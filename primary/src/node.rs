@@ -852,6 +852,7 @@ impl BlockEngine for Node {
             version: env!("CARGO_PKG_VERSION").into(),
             fenced_by: self.inner.engine.standing().fenced_by(),
             lease_remaining_seconds: self.inner.engine.standing().lease_remaining().map(|rest| rest.as_secs_f64()),
+            clones: Vec::new(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! A status as JSON, with the stable names of `understudy --json status`.
 
 use serde_json::{Value, json};
+use understudy_common::units::time_text;
 
 use crate::v1;
 
@@ -20,7 +21,7 @@ pub fn status(status: &v1::Status) -> Value {
         "link": status.link.as_ref().map(|link| json!({
             "state": link.state,
             "rtt_ms": link.rtt_ms,
-            "since": link.since_unix_ms,
+            "since": time_text(link.since_unix_ms),
             "reason": link.reason,
             "peer": link.peer,
         })),
@@ -33,6 +34,23 @@ pub fn status(status: &v1::Status) -> Value {
             "retained_bytes": staging.retained_bytes,
         })),
         "volumes": status.volumes.iter().map(volume).collect::<Vec<_>>(),
+        "clones": status.clones.iter().map(clone).collect::<Vec<_>>(),
+    })
+}
+
+/// A writable clone of the backup's image, or of a snapshot.
+#[must_use]
+pub fn clone(clone: &v1::CloneInfo) -> Value {
+    json!({
+        "name": clone.name,
+        "volume": clone.volume,
+        "snapshot": clone.snapshot,
+        "position": position(clone.position.as_ref()),
+        "time_unix_ms": clone.time_unix_ms,
+        "size_bytes": clone.size_bytes,
+        "block_bytes": clone.block_bytes,
+        "written_bytes": clone.written_bytes,
+        "made_unix_ms": clone.made_unix_ms,
     })
 }
 
@@ -70,7 +88,7 @@ fn volume(volume: &v1::VolumeStatus) -> Value {
 fn recovery_point(point: &v1::RecoveryPoint) -> Value {
     json!({
         "position": position(point.position.as_ref()),
-        "time": point.time_unix_ms,
+        "time": time_text(point.time_unix_ms),
         "age_seconds": point.age_seconds,
     })
 }
@@ -151,28 +169,62 @@ fn word(name: &str, prefix: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use v1::{LinkStatus, Mode, Phase, Position, RecoveryPoint, StagingStatus, Status, VolumePosition, VolumeStatus};
 
     #[test]
-    fn names_are_those_of_the_contract() {
-        let wire = v1::Status {
-            role: "primary".into(),
-            volumes: vec![v1::VolumeStatus {
-                mode: v1::Mode::Continuous.into(),
-                phase: v1::Phase::FinalRound.into(),
-                position: Some(v1::VolumePosition {
-                    acked: Some(v1::Position { generation: 1, lsn: 9 }),
-                    ..Default::default()
+    fn status_has_the_documented_names() {
+        let status = status(&Status {
+            role: "primary".to_owned(),
+            link: Some(LinkStatus { state: "attached".to_owned(), ..LinkStatus::default() }),
+            staging: Some(StagingStatus::default()),
+            volumes: vec![VolumeStatus {
+                name: "v".to_owned(),
+                mode: Mode::Continuous.into(),
+                phase: Phase::Streaming.into(),
+                position: Some(VolumePosition {
+                    acked: Some(Position { generation: 1, lsn: 7 }),
+                    ..VolumePosition::default()
                 }),
-                ..Default::default()
+                recovery_point: Some(RecoveryPoint::default()),
+                ..VolumeStatus::default()
             }],
-            ..Default::default()
-        };
-        let json = status(&wire);
-        assert_eq!(json["volumes"][0]["mode"], "continuous");
-        assert_eq!(json["volumes"][0]["phase"], "final_round");
-        assert_eq!(json["volumes"][0]["position"]["acked"], json!({"generation": 1, "lsn": 9}));
-        assert_eq!(json["link"], Value::Null);
-        let fields = ["dirty_blocks", "redundancy", "last_run", "run"];
-        assert!(fields.iter().all(|field| json["volumes"][0].get(field).is_some()));
+            ..Status::default()
+        });
+        for pointer in [
+            "/role",
+            "/pair_id",
+            "/generation",
+            "/link/state",
+            "/link/rtt_ms",
+            "/link/since",
+            "/staging/span_bytes",
+            "/staging/capacity_bytes",
+            "/staging/fill_ratio",
+            "/staging/usage_bytes_per_s",
+            "/staging/flush_bytes_per_s",
+            "/volumes/0/id",
+            "/volumes/0/group",
+            "/volumes/0/size_bytes",
+            "/volumes/0/block_bytes",
+            "/volumes/0/cause",
+            "/volumes/0/position/next",
+            "/volumes/0/dirty_blocks",
+            "/volumes/0/bytes_at_risk",
+            "/volumes/0/redundancy",
+            "/volumes/0/last_run",
+            "/volumes/0/run",
+            "/volumes/0/recovery_point/age_seconds",
+            "/volumes/0/lanes",
+            "/volumes/0/consistent",
+            "/clones",
+        ] {
+            assert!(status.pointer(pointer).is_some(), "{pointer} is missing");
+        }
+        assert_eq!(status["volumes"][0]["mode"], "continuous");
+        assert_eq!(status["volumes"][0]["phase"], "streaming");
+        assert_eq!(status["volumes"][0]["position"]["acked"], json!({"generation": 1, "lsn": 7}));
+        // What is not there is null, and what is not known empty.
+        assert_eq!(status["volumes"][0]["run"], Value::Null);
+        assert_eq!(status["link"]["since"], "");
     }
 }

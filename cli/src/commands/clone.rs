@@ -3,6 +3,7 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 use understudy_client::proto::{CloneImageRequest, CloneInfo, DeleteCloneRequest, ListClonesRequest};
+use understudy_proto::json;
 
 use crate::args::{CloneCommand, Global};
 use crate::convert;
@@ -15,7 +16,7 @@ pub(crate) async fn run(global: &Global, command: CloneCommand) -> Result<()> {
             let request = CloneImageRequest { volume_id: 0, volume, snapshot, name };
             let made = client.backup().clone_image(request).await?;
             if global.json {
-                return print_json(&clone_json(&made));
+                return print_json(&json::clone(&made));
             }
             print_line(&clone_table(&[made]))?;
             print_line(&format!("served as a volume at {}: use it as --primary", global.backup_url()))
@@ -23,7 +24,7 @@ pub(crate) async fn run(global: &Global, command: CloneCommand) -> Result<()> {
         CloneCommand::List => {
             let clones = client.backup().clones(ListClonesRequest {}).await?.clones;
             if global.json {
-                return print_json(&Value::Array(clones.iter().map(clone_json).collect()));
+                return print_json(&Value::Array(clones.iter().map(json::clone).collect()));
             }
             print_line(&clone_table(&clones))
         }
@@ -37,28 +38,25 @@ pub(crate) async fn run(global: &Global, command: CloneCommand) -> Result<()> {
     }
 }
 
-fn clone_json(clone: &CloneInfo) -> Value {
-    json!({
-        "name": clone.name,
-        "volume": clone.volume,
-        "snapshot": clone.snapshot,
-        "position": convert::position(clone.position),
-        "time_unix_ms": clone.time_unix_ms,
-        "size_bytes": clone.size_bytes,
-        "block_bytes": clone.block_bytes,
-        "written_bytes": clone.written_bytes,
-        "made_unix_ms": clone.made_unix_ms,
-    })
+/// `data`, or `data@monday`.
+pub(super) fn base(clone: &CloneInfo) -> String {
+    match clone.snapshot.as_str() {
+        "" => clone.volume.clone(),
+        snapshot => format!("{}@{snapshot}", clone.volume),
+    }
 }
 
 fn clone_table(clones: &[CloneInfo]) -> String {
     let row = |clone: &CloneInfo| {
-        let of = match clone.snapshot.as_str() {
-            "" => clone.volume.clone(),
-            snapshot => format!("{}@{snapshot}", clone.volume),
-        };
         let image = convert::position_text(clone.position);
-        [clone.name.clone(), of, image, time(clone.time_unix_ms), size(clone.size_bytes), size(clone.written_bytes)]
+        [
+            clone.name.clone(),
+            base(clone),
+            image,
+            time(clone.time_unix_ms),
+            size(clone.size_bytes),
+            size(clone.written_bytes),
+        ]
     };
     table(["CLONE", "OF", "IMAGE", "OF THE TIME", "SIZE", "WRITTEN"], clones.iter().map(row))
 }

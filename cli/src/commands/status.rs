@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use anyhow::Result;
-use understudy_client::proto::{LaneStatus, Status, VolumeStatus};
+use understudy_client::proto::{CloneInfo, LaneStatus, Status, VolumeStatus};
+use understudy_proto::json;
 
 use crate::args::{Global, StatusArgs};
 use crate::convert;
@@ -17,7 +18,7 @@ pub(crate) async fn run(global: &Global, args: StatusArgs) -> Result<()> {
             global.primary_client()?.replication().status().await
         };
         match status {
-            Ok(status) if global.json => print_json(&convert::status(&status))?,
+            Ok(status) if global.json => print_json(&json::status(&status))?,
             Ok(status) => print_line(&text(&status))?,
             // A watcher outlives a restart of what it watches.
             Err(error) if args.watch => eprintln!("error: {}", crate::output::one_line(&error.to_string())),
@@ -36,6 +37,15 @@ pub(crate) async fn run(global: &Global, args: StatusArgs) -> Result<()> {
 fn text(status: &Status) -> String {
     let mut lines =
         vec![format!("{} {} generation {} of pair {}", status.role, status.version, status.generation, status.pair_id)];
+    if status.fenced_by > 0 {
+        lines.push(format!(
+            "superseded by generation {}: it serves nobody; `understudy demote` makes it the backup",
+            status.fenced_by
+        ));
+    }
+    if let Some(rest) = status.lease_remaining_seconds {
+        lines.push(format!("lease for another {rest:.1}s"));
+    }
     if let Some(link) = &status.link {
         let mut line = format!("link {}", link.state);
         if link.since_unix_ms > 0 {
@@ -72,6 +82,7 @@ fn text(status: &Status) -> String {
         lines.extend(runs(volume));
         lines.extend(lanes(volume));
     }
+    lines.extend(status.clones.iter().map(clone));
     lines.join("\n")
 }
 
@@ -110,6 +121,11 @@ fn lanes(v: &VolumeStatus) -> Option<String> {
     };
     let lanes: Vec<String> = v.lanes.iter().map(lane).collect();
     (!lanes.is_empty()).then(|| format!("{} lanes: {}", v.group, lanes.join("; ")))
+}
+
+fn clone(clone: &CloneInfo) -> String {
+    let (of, written) = (super::clone::base(clone), size(clone.written_bytes));
+    format!("clone {} of {of}, {written} written, made {}s ago", clone.name, ago(clone.made_unix_ms).as_secs())
 }
 
 fn row(v: &VolumeStatus) -> [String; 12] {
@@ -188,6 +204,25 @@ mod tests {
         let text = text(&Status { volumes: vec![volume], ..Status::default() });
         let expected = "g lanes: urgent (immediate) at 1:9, 0.2s old, 4.0 KiB not acknowledged; 1 at 1:4, 0.2s old";
         assert!(text.contains(expected), "{text}");
+    }
+
+    #[test]
+    fn what_serves_nobody_and_what_is_tried_out_are_told() {
+        let clone = CloneInfo {
+            name: "try".into(),
+            volume: "data".into(),
+            snapshot: "monday".into(),
+            written_bytes: 8192,
+            ..CloneInfo::default()
+        };
+        let status =
+            Status { fenced_by: 3, lease_remaining_seconds: Some(1.5), clones: vec![clone], ..Status::default() };
+        let text = text(&status);
+        for part in
+            ["superseded by generation 3", "lease for another 1.5s", "clone try of data@monday, 8.0 KiB written"]
+        {
+            assert!(text.contains(part), "{part} in {text}");
+        }
     }
 
     #[test]
