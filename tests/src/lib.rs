@@ -1,6 +1,4 @@
 //! Harness for whole-system tests.
 
-pub mod integrity;
 pub mod process;
-pub mod sim;
 pub mod virtual_pair;

@@ -44,7 +44,10 @@ fn build_binaries() -> Result<PathBuf> {
     // target/PROFILE/deps/test-0123
     let dir = test.parent().and_then(Path::parent).context("the test executable is not below a profile directory")?;
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "--workspace", "--bins"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    // With a test among what is built, dependencies have the features that they have in `cargo test --workspace`, and none
+    // is built twice.
+    let what = ["build", "--quiet", "--workspace", "--bins", "--test", "sim"];
+    cargo.args(what).current_dir(env!("CARGO_MANIFEST_DIR"));
     if dir.ends_with("release") {
         cargo.arg("--release");
     }

@@ -8,7 +8,7 @@
 #![cfg(feature = "mutants")]
 
 use understudy_common::mutant::{self, Mutant};
-use understudy_tests::sim::{self, Summary, Violation};
+use understudy_sim::{self as sim, Summary, Violation};
 
 /// Seeds within which a mutant must be caught.
 const SEEDS: u64 = 5000;

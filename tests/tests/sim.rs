@@ -2,7 +2,7 @@
 //!
 //! `UNDERSTUDY_SEEDS` is the number of seeds, `UNDERSTUDY_SEED` the first one; a failure prints the seed to repeat.
 
-use understudy_tests::sim::{self, Summary, Violation};
+use understudy_sim::{self as sim, Summary, Violation};
 
 /// Seeds behind which every path must have been reached.
 const MANY: u64 = 500;

@@ -33,7 +33,7 @@ use understudy_primary::{
 };
 
 use super::model::{BLOCKS, Model, Range, SEGMENT, VOLUMES};
-use crate::sim::delta;
+use understudy_sim::delta;
 
 /// Where both services listen.
 pub(super) const PORT: u16 = 7000;

@@ -1,7 +1,7 @@
 //! Damage in the simulation: bits flip on the disks of either side, while blocks are written, shipped, read back by scrubs,
 //! compared and repaired, and both nodes lose their power.
 //!
-//! Smaller than [`crate::sim`], which checks that nothing is lost: here every step may come upon a damaged block. Checked is
+//! Smaller than the rest of this crate, which checks that nothing is lost: here every step may come upon a damaged block. Checked is
 //! that a scrub calls damaged what was flipped and nothing else, that a comparison lists what differs and nothing else, that
 //! no damaged block is shipped or served, and that in the end everything that was flipped is mended and both sides hold what
 //! was written last.
@@ -41,7 +41,7 @@ use understudy_primary::{
 };
 use understudy_proto::{convert, v1};
 
-use crate::sim::Violation;
+use crate::Violation;
 
 const BLOCK: usize = 512;
 const SEGMENT: u32 = 64 * 1024;

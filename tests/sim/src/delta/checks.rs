@@ -238,7 +238,7 @@ impl World {
     }
 
     /// Nothing of delta mode is left when the pair is at rest.
-    pub(in crate::sim) fn check_delta_at_rest(&mut self) -> Outcome {
+    pub(crate) fn check_delta_at_rest(&mut self) -> Outcome {
         if self.delta.is_none() {
             return Ok(());
         }

@@ -15,7 +15,8 @@
 //! - The image of the last checkpoint stays readable until the next one: nothing that it refers to is reused.
 
 mod clients;
-pub(crate) mod delta;
+pub mod delta;
+pub mod integrity;
 mod link;
 mod model;
 mod node;

@@ -14,7 +14,7 @@
 
 mod checks;
 mod disks;
-pub(in crate::sim) mod port;
+pub(crate) mod port;
 mod wire;
 
 use std::{collections::BTreeSet, sync::Arc};
@@ -36,7 +36,7 @@ use understudy_proto::v1;
 
 pub(super) use port::read;
 use port::{Mode, Request};
-pub(crate) use port::{read_applied, view};
+pub use port::{read_applied, view};
 use wire::{RunWire, Taken};
 
 use super::{BLOCK, Outcome, World, broken, trace};

@@ -20,11 +20,11 @@ use understudy_common::{
 use understudy_primary::runner::{RunAnswer, RunRequest};
 use understudy_proto::{seal::Sealed as _, v1};
 
-use crate::sim::{BLOCK, model::Stamp};
+use crate::{BLOCK, model::Stamp};
 
 /// What a group of the primary is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::sim) enum Mode {
+pub(crate) enum Mode {
     /// Records from here on are retained until they are acknowledged.
     Continuous { from: Lsn },
     /// Writes mark the table.
@@ -35,7 +35,7 @@ pub(in crate::sim) enum Mode {
 
 /// An open run of the primary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::sim) struct Open {
+pub(crate) struct Open {
     /// The LSN of its cut.
     pub id: u64,
     pub kind: RunKind,
@@ -48,7 +48,7 @@ impl Open {
     }
 }
 
-pub(in crate::sim) fn mode(store: &Store, group: GroupId) -> Option<Mode> {
+pub(crate) fn mode(store: &Store, group: GroupId) -> Option<Mode> {
     store.with_state(|state| {
         Some(match &state.groups.get(&group)?.mode {
             GroupMode::Continuous { from } => Mode::Continuous { from: *from },
@@ -59,12 +59,12 @@ pub(in crate::sim) fn mode(store: &Store, group: GroupId) -> Option<Mode> {
 }
 
 /// The groups of the primary, also those whose last volume is gone and that wait for a run.
-pub(in crate::sim) fn groups(store: &Store) -> Vec<GroupId> {
+pub(crate) fn groups(store: &Store) -> Vec<GroupId> {
     store.with_state(|state| state.groups.keys().copied().collect())
 }
 
 /// Snapshots that runs hold on this node.
-pub(in crate::sim) fn run_layers(store: &Store) -> Vec<LayerId> {
+pub(crate) fn run_layers(store: &Store) -> Vec<LayerId> {
     store.with_state(|state| {
         let readers: Vec<LayerId> = state.readers().collect();
         let of_user = |layer: &LayerId| state.snapshots.values().flat_map(|s| &s.layers).any(|(_, l)| l == layer);
@@ -73,7 +73,7 @@ pub(in crate::sim) fn run_layers(store: &Store) -> Vec<LayerId> {
 }
 
 /// Marked blocks of a volume: active or frozen.
-pub(in crate::sim) fn marks(store: &Store, volume: VolumeId) -> BlockSet {
+pub(crate) fn marks(store: &Store, volume: VolumeId) -> BlockSet {
     let mut marks = store.active(volume);
     marks.union_with(&store.frozen(volume));
     marks
@@ -83,18 +83,19 @@ pub(in crate::sim) fn marks(store: &Store, volume: VolumeId) -> BlockSet {
 
 /// What the backup says of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct View {
+pub struct View {
     /// The newest record of the image that a reader gets.
     pub position: Position,
     /// And of each of its lanes.
     pub lanes: LanePlaces,
+    /// A run is open.
     pub in_run: bool,
     /// False until the first commit.
     pub consistent: bool,
 }
 
 /// `None` if it does not know the group.
-pub(crate) fn view(store: &Store, group: GroupId) -> Option<View> {
+pub fn view(store: &Store, group: GroupId) -> Option<View> {
     store.with_state(|state| {
         let group = state.groups.get(&group)?;
         let (position, lanes) = (group.position, group.lanes.clone());
@@ -110,7 +111,7 @@ pub(crate) fn read(store: &Arc<Store>, spec: &VolumeSpec) -> Option<Result<Bytes
 }
 
 /// The same where the record that begins the run is applied.
-pub(crate) fn read_applied(store: &Arc<Store>, spec: &VolumeSpec) -> Result<Bytes, ReadFailure> {
+pub fn read_applied(store: &Arc<Store>, spec: &VolumeSpec) -> Result<Bytes, ReadFailure> {
     let run = store.replica_run(spec.group);
     let layer = run.and_then(|run| run.layers.iter().find(|(volume, _)| *volume == spec.id).map(|(_, layer)| *layer));
     match layer {
@@ -123,7 +124,7 @@ pub(crate) fn read_applied(store: &Arc<Store>, spec: &VolumeSpec) -> Result<Byte
 
 /// What is sent to the backup of a run.
 #[derive(Debug, Clone)]
-pub(in crate::sim) enum Request {
+pub(crate) enum Request {
     Run(RunRequest),
     Abort(v1::AbortDeltaRequest),
 }
@@ -166,7 +167,7 @@ impl Request {
 }
 
 /// As [`Request::flipped`].
-pub(in crate::sim) fn flipped_answer(answer: &RunAnswer, rng: &mut impl Rng) -> Option<RunAnswer> {
+pub(crate) fn flipped_answer(answer: &RunAnswer, rng: &mut impl Rng) -> Option<RunAnswer> {
     Some(match answer {
         RunAnswer::Begin(begin) => RunAnswer::Begin(flipped(begin, rng)?),
         RunAnswer::Batch(batch) => RunAnswer::Batch(flipped(batch, rng)?),
@@ -184,7 +185,7 @@ fn flipped<M: Message + Default + PartialEq>(message: &M, rng: &mut impl Rng) ->
 }
 
 /// What the backup is to answer when it is durable up to `at`.
-pub(in crate::sim) struct Reply {
+pub(crate) struct Reply {
     pub at: Lsn,
     body: Body,
 }
@@ -213,7 +214,7 @@ fn reply<T>(when: When<T>, wrap: impl Fn(T) -> RunAnswer) -> Reply {
 }
 
 /// Hands a message to the backup.
-pub(in crate::sim) fn deliver(receiver: &mut Receiver, request: &Request, time: i64) -> Result<Reply, RunRefusal> {
+pub(crate) fn deliver(receiver: &mut Receiver, request: &Request, time: i64) -> Result<Reply, RunRefusal> {
     match request {
         Request::Run(RunRequest::Begin(begin)) => receiver.on_begin(begin).map(|a| reply(a, RunAnswer::Begin)),
         Request::Run(RunRequest::Batch(batch)) => receiver.on_batch(batch).map(|a| reply(a, RunAnswer::Batch)),
@@ -226,7 +227,7 @@ pub(in crate::sim) fn deliver(receiver: &mut Receiver, request: &Request, time: 
 }
 
 /// Blocks that a message ships or compares, with what it says of them.
-pub(in crate::sim) fn claims(request: &RunRequest) -> Result<Vec<(VolumeId, u64, Claim)>, String> {
+pub(crate) fn claims(request: &RunRequest) -> Result<Vec<(VolumeId, u64, Claim)>, String> {
     let mut claims = Vec::new();
     match request {
         RunRequest::Batch(batch) => {
@@ -258,7 +259,7 @@ pub(in crate::sim) fn claims(request: &RunRequest) -> Result<Vec<(VolumeId, u64,
 }
 
 /// What a message says of a block.
-pub(in crate::sim) enum Claim {
+pub(crate) enum Claim {
     /// Its content; `None` if no write ever made it.
     Block(Option<Stamp>),
     /// The digest of it and those behind it.
@@ -290,7 +291,7 @@ fn expand(data: &v1::DeltaData) -> Result<Bytes, String> {
 }
 
 /// A request in a few words, for the trace.
-pub(in crate::sim) fn brief(request: &RunRequest) -> String {
+pub(crate) fn brief(request: &RunRequest) -> String {
     match request {
         RunRequest::Begin(begin) => {
             format!("begin of run {} of group {} at {:?}", begin.run, begin.group_id, begin.cut)
@@ -316,7 +317,7 @@ pub(in crate::sim) fn brief(request: &RunRequest) -> String {
 }
 
 /// The same of any message.
-pub(in crate::sim) fn brief_request(request: &Request) -> String {
+pub(crate) fn brief_request(request: &Request) -> String {
     match request {
         Request::Run(request) => brief(request),
         Request::Abort(abort) => format!("abort of run {}", abort.run),
@@ -324,7 +325,7 @@ pub(in crate::sim) fn brief_request(request: &Request) -> String {
 }
 
 /// An answer in a few words.
-pub(in crate::sim) fn brief_answer(answer: &RunAnswer) -> String {
+pub(crate) fn brief_answer(answer: &RunAnswer) -> String {
     match answer {
         RunAnswer::Begin(begin) => {
             format!("begun: opening {}, {:?}, committed {}", begin.opening, begin.progress, begin.committed)
@@ -336,7 +337,7 @@ pub(in crate::sim) fn brief_answer(answer: &RunAnswer) -> String {
 }
 
 /// True if everything of the group is marked: what an earlier backup had acknowledged is of no meaning.
-pub(in crate::sim) fn is_full(store: &Store, group: GroupId) -> bool {
+pub(crate) fn is_full(store: &Store, group: GroupId) -> bool {
     store.with_state(|state| {
         state.groups.get(&group).is_some_and(|g| matches!(g.mode, GroupMode::Delta { full: true, .. }))
     })
