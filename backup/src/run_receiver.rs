@@ -122,21 +122,26 @@ impl Receiver {
         let (group, run) = (GroupId(request.group_id), request.run);
         let cut: Position = request.cut.ok_or_else(|| missing("cut"))?.into();
         let mut answer = v1::BeginRunResponse { session: request.session.clone(), ..Default::default() };
-        let (open, committed, held) = self.store.with_state(|state| {
+        let (open, committed, position) = self.store.with_state(|state| {
             let known = state.groups.get(&group);
             let gone = state.is_gone(group) && request.volumes.is_empty();
             let same = |g: &GroupState| g.committed_run == run && g.position.generation == cut.generation;
             let committed = known.is_some_and(same) || gone;
-            let held = known.filter(|g| g.diverged.is_none()).map(|g| g.position);
+            let position = known.filter(|g| g.diverged.is_none()).map(|g| g.position);
             // A run of another primary may have the same number.
-            (known.and_then(|g| g.run.clone()).filter(|r| r.id == run && r.cut == cut), committed, held)
+            (known.and_then(|g| g.run.clone()).filter(|r| r.id == run && r.cut == cut), committed, position)
         });
+        let wanted = &request.snapshot_ids;
+        let held = || {
+            let ids = self.store.with_state(|s| s.snapshots_of(group).map(|s| s.id.0).collect::<Vec<_>>());
+            ids.into_iter().filter(|id| wanted.contains(id)).collect()
+        };
         if committed {
-            answer.committed = true;
+            (answer.committed, answer.snapshot_ids) = (true, held());
             return Ok(When { at: self.newest(), answer: answer.sealed() });
         }
-        if let Some(held) = held.filter(|held| *held > cut) {
-            let why = format!("the group is at {held} already, behind the cut {cut}");
+        if let Some(position) = position.filter(|position| *position > cut) {
+            let why = format!("the group is at {position} already, behind the cut {cut}");
             return Err(RunRefusal::NotOpen { group, run, why });
         }
         match open {
@@ -160,6 +165,7 @@ impl Receiver {
                 self.store.begin_run(new).map_err(RunRefusal::Store)?;
             }
         }
+        answer.snapshot_ids = held();
         let at = self.newest();
         let session = self.session.as_mut().expect("checked above");
         session.forget_refusal(group);

@@ -92,6 +92,8 @@ pub enum Mutant {
     LanePositionOfGroup,
     /// A switch leaves snapshots that the backup does not get called mirrored.
     SwitchKeepsMirrored,
+    /// A run leaves snapshots that its backup does not hold called mirrored.
+    RunKeepsMirrored,
     /// The commit of a run leaves snapshots that the primary has deleted meanwhile.
     KeepDeletedSnapshots,
     /// A promotion does not raise the generation.

@@ -160,6 +160,8 @@ pub enum Control {
         group: GroupId,
         /// The snapshots of the run.
         layers: Vec<LayerId>,
+        /// Snapshots for users that this backup does not hold: it is another one, or an older copy.
+        unmirrored: Vec<SnapshotId>,
     },
     /// Primary: the run has ended without a commit. The frozen set is marked again.
     AbortRun {

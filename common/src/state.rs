@@ -611,6 +611,14 @@ impl NodeState {
         }
     }
 
+    fn unmirror(&mut self, snapshots: &[SnapshotId]) {
+        for id in snapshots {
+            if let Some(snapshot) = self.snapshots.get_mut(id) {
+                snapshot.mirrored = false;
+            }
+        }
+    }
+
     /// Snapshots of volumes that are gone have lost their layers.
     fn prune_snapshots(&mut self) {
         let (layers, volumes) = (&self.layers, &self.volumes);
@@ -703,11 +711,7 @@ impl NodeState {
             (Control::Switch { cause, since_unix_ms, all, unmirrored, .. }, GroupMode::Continuous { .. }) => {
                 group.mode = GroupMode::Delta { since: lsn, cause: cause.clone(), full: *all, run: None };
                 group.marked_since_unix_ms = *since_unix_ms;
-                for id in unmirrored {
-                    if let Some(snapshot) = self.snapshots.get_mut(id) {
-                        snapshot.mirrored = false;
-                    }
-                }
+                self.unmirror(unmirrored);
             }
             (Control::Switch { cause: new, since_unix_ms, all, .. }, GroupMode::Delta { cause, full, run, .. }) => {
                 cause.clone_from(new);
@@ -737,7 +741,7 @@ impl NodeState {
                 run.kind = RunKind::Round;
                 group.marked_since_unix_ms.get_or_insert(run.time_unix_ms);
             }
-            (Control::Clear { .. }, GroupMode::Delta { run, full, .. }) => {
+            (Control::Clear { unmirrored, .. }, GroupMode::Delta { run, full, .. }) => {
                 let Some(run) = run.take() else { return };
                 // What was marked behind its cut still is.
                 *full &= !run.everything;
@@ -749,6 +753,7 @@ impl NodeState {
                     self.groups.remove(&id);
                 }
                 self.remove_layers(run.layers.iter().map(|(_, layer)| layer));
+                self.unmirror(unmirrored);
             }
             (Control::AbortRun { .. }, GroupMode::Delta { run, .. }) => {
                 let Some(run) = run.take() else { return };

@@ -32,10 +32,11 @@ fn breaks(run: Run, mutant: Mutant, seed: u64) -> Option<String> {
 /// `about`: parts of messages, one of which must be in what is broken.
 fn caught(run: Run, mutant: Mutant, about: &[&str]) {
     let rate: Option<u64> = std::env::var("UNDERSTUDY_SEEDS").ok().map(|n| n.parse().expect("a number"));
-    let (mut first, mut failed) = (None, 0);
+    let (mut first, mut other, mut failed) = (None, None, 0);
     for seed in 1..=rate.unwrap_or(SEEDS) {
         let Some(broken) = breaks(run, mutant, seed) else { continue };
         failed += 1;
+        other.get_or_insert_with(|| format!("seed {seed} broke: {broken}"));
         if first.is_none() && about.iter().any(|part| broken.contains(part)) {
             first = Some((seed, broken));
             if rate.is_none() {
@@ -46,7 +47,7 @@ fn caught(run: Run, mutant: Mutant, about: &[&str]) {
     if let Some(seeds) = rate {
         println!("{mutant:?}: {failed} of {seeds} seeds fail");
     }
-    let (seed, broken) = first.unwrap_or_else(|| panic!("{mutant:?} was not caught"));
+    let (seed, broken) = first.unwrap_or_else(|| panic!("{mutant:?} was not caught; {other:?}"));
     println!("{mutant:?}: caught by seed {seed}: {broken}");
     assert_eq!(run(seed, STEPS).map(drop), Ok(()), "seed {seed} without {mutant:?}");
 }
@@ -114,13 +115,14 @@ mutants! {
     shipping_before_the_commit_is_caught => ShipBeforeCommit, ["the backup: volume", "an undisturbed session was refused"];
     run_data_read_from_the_head_is_caught => RunReadsHead, [RUN_DATA];
     run_data_read_too_early_is_caught => RunReadsEarly, [RUN_DATA];
-    a_run_sent_before_its_cut_is_durable_is_caught => CutNotDurable, [UNMARKED, "the backup: volume"];
+    a_run_sent_before_its_cut_is_durable_is_caught => CutNotDurable, [UNMARKED, "the backup: volume", "the backup at"];
     a_table_that_outlives_its_backup_is_caught => KeepTableForNewBackup, [UNMARKED, "the backup: volume"];
     a_mark_cleared_when_its_block_is_sent_is_caught => ClearWhenSent, [UNMARKED];
     marks_dropped_before_their_volume_is_gone_are_caught => DropMarksEarly, [UNMARKED];
     a_damaged_message_that_is_taken_is_caught => TakeDamaged, ["with a flipped bit was taken"];
     a_run_that_goes_on_too_far_is_caught => ResumeTooFar, ["the backup: volume", UNMARKED];
-    snapshots_that_the_backup_never_got_are_caught => SwitchKeepsMirrored, ["lacks the mirrored snapshot"];
+    snapshots_that_the_backup_never_got_are_caught => SwitchKeepsMirrored, ["is called mirrored, and the backup does not get it"];
+    snapshots_that_another_backup_lacks_are_caught => RunKeepsMirrored, ["lacks the mirrored snapshot"];
     snapshots_left_behind_by_a_commit_are_caught => KeepDeletedSnapshots, ["which is deleted"];
 }
 

@@ -21,7 +21,7 @@ use crate::{
     mutant::Mutant,
     record::{Control, Op, Record, RunKind},
     state::{GroupMode, NodeState, PrimaryRun},
-    types::{BlockRange, GroupId, LayerId, Lsn, Uid, VolumeId},
+    types::{BlockRange, GroupId, LayerId, Lsn, SnapshotId, Uid, VolumeId},
 };
 
 use super::{
@@ -416,13 +416,23 @@ impl Store {
         })
     }
 
-    /// The backup has durably committed run `id`.
+    /// The backup has durably committed run `id`, and holds these snapshots for users.
     ///
     /// # Errors
     /// See [`ModeError`].
-    pub fn clear(&self, group: GroupId, id: u64, time_unix_ms: i64) -> Result<Submitted, ModeError> {
-        let submitted = self.step(group, time_unix_ms, |_, mode| match mode.run() {
-            Some(run) if run.id == id => Ok(Control::Clear { group, layers: layers_of(run) }),
+    pub fn clear(
+        &self,
+        group: GroupId,
+        id: u64,
+        held: &[SnapshotId],
+        time_unix_ms: i64,
+    ) -> Result<Submitted, ModeError> {
+        let submitted = self.step(group, time_unix_ms, |front, mode| match mode.run() {
+            Some(run) if run.id == id => {
+                let lacks = front.state.snapshots_of(group).filter(|s| s.mirrored && !held.contains(&s.id));
+                let unmirrored = lacks.filter(|_| !Mutant::RunKeepsMirrored.on()).map(|snapshot| snapshot.id).collect();
+                Ok(Control::Clear { group, layers: layers_of(run), unmirrored })
+            }
             _ => Err(illegal(group, mode, "the end of this run")),
         })?;
         // What waited for the backup is answered, and the sender looks again.

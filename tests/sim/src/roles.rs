@@ -1385,6 +1385,12 @@ impl World {
         }
         self.check_snapshots(primary)?;
         self.check_snapshots(backup)?;
+        let mirrored =
+            store.with_state(|s| s.snapshots.values().filter(|s| s.mirrored).map(|s| s.id).collect::<Vec<_>>());
+        let lacks = theirs.with_state(|s| mirrored.into_iter().find(|id| !s.snapshots.contains_key(id)));
+        if let Some(missing) = lacks {
+            return Err(broken(format!("the backup lacks the mirrored snapshot {missing}")));
+        }
         Ok(true)
     }
 

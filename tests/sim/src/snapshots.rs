@@ -47,6 +47,7 @@ impl World {
 
     /// P7.
     pub(super) fn check_snapshots(&mut self) -> Outcome {
+        self.check_mirrored()?;
         for (who, store) in [("the primary", self.primary.store()), ("the backup", self.backup.store())] {
             let applied = store.marks().borrow().applied;
             for snapshot in snapshots(store).into_iter().filter(|snapshot| snapshot.lsn <= applied) {
@@ -72,11 +73,25 @@ impl World {
         Ok(())
     }
 
+    /// What the backup will not get is not called mirrored: in delta mode nothing is on its way to it.
+    fn check_mirrored(&self) -> Outcome {
+        let counted = |what| self.summary.counts.get(what).is_some_and(|n| *n > 0);
+        // Of a disk that was put in the primary hears with the next run.
+        if counted("old disks put back") || counted("empty disks put in") {
+            return Ok(());
+        }
+        let theirs: BTreeSet<SnapshotId> = snapshots(self.backup.store()).iter().map(|s| s.id).collect();
+        let (store, ours) = (self.primary.store(), snapshots(self.primary.store()));
+        match ours.iter().find(|s| s.mirrored && store.is_delta(s.group) && !theirs.contains(&s.id)) {
+            Some(missing) => {
+                Err(broken(format!("snapshot {} is called mirrored, and the backup does not get it", missing.id)))
+            }
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn check_snapshots_at_rest(&mut self) -> Outcome {
         self.check_snapshots()?;
-        let counted = |what| self.summary.counts.get(what).is_some_and(|n| *n > 0);
-        // What a disk that was put in did not have, nobody brings it.
-        let replaced = counted("old disks put back") || counted("empty disks put in");
         let ours = snapshots(self.primary.store());
         let all: BTreeSet<SnapshotId> = ours.iter().map(|s| s.id).collect();
         let mirrored: BTreeSet<SnapshotId> = ours.iter().filter(|s| s.mirrored).map(|s| s.id).collect();
@@ -85,10 +100,8 @@ impl World {
             return Err(broken(format!("the backup at rest holds snapshot {orphan}, which is deleted")));
         }
         match mirrored.difference(&theirs).next() {
-            Some(missing) if !replaced => {
-                Err(broken(format!("the backup at rest lacks the mirrored snapshot {missing}")))
-            }
-            _ => Ok(()),
+            Some(missing) => Err(broken(format!("the backup at rest lacks the mirrored snapshot {missing}"))),
+            None => Ok(()),
         }
     }
 }
