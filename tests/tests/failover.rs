@@ -19,8 +19,8 @@ use understudy_tests::process::{
 };
 
 const VOLUME: &str = "data";
-/// Rounds of switchover and of failover; CI asks for more with `UNDERSTUDY_ROUNDS`.
-const ROUNDS: u32 = 3;
+/// Rounds of each, switchover and failover; CI asks for more with `UNDERSTUDY_ROUNDS`.
+const ROUNDS: u32 = 2;
 const WRITERS: usize = 2;
 
 fn forced() -> v1::PromoteRequest {
@@ -451,7 +451,8 @@ async fn rounds_of_switchover_and_failover_lose_nothing_acknowledged_on_both_sid
     let mut primary = 0;
     load.serve(Some(duo.node(primary)?.channel()?));
     let (mut pauses, mut stamp) = (Vec::new(), 1);
-    for round in 0..rounds() {
+    let (mut planned, mut forced) = (rounds(), rounds());
+    for round in 0..2 * rounds() {
         let context = || format!("seed {seed}, round {round}, primary {primary}");
         load.progress(rng.random_range(20..200), Duration::from_secs(5)).await.with_context(context)?;
         for _ in 0..rng.random_range(0..20) {
@@ -459,9 +460,11 @@ async fn rounds_of_switchover_and_failover_lose_nothing_acknowledged_on_both_sid
             duo.write(primary, "staged", rng.random_range(0..64), stamp).await.with_context(context)?;
         }
         let other = 1 - primary;
-        if rng.random() {
+        if forced == 0 || planned > 0 && rng.random() {
+            planned -= 1;
             pauses.push(switchover(&mut duo, &mut load, primary).await.with_context(context)?);
         } else {
+            forced -= 1;
             failover(&mut duo, &mut load, primary, &mut rng).await.with_context(context)?;
         }
         primary = other;
@@ -476,7 +479,7 @@ async fn rounds_of_switchover_and_failover_lose_nothing_acknowledged_on_both_sid
     for (block, (content, cell)) in image.chunks(BLOCK_BYTES).zip(&expected[0]).enumerate() {
         cell.check(0, block, content).with_context(|| format!("seed {seed}"))?;
     }
-    println!("{} rounds, {acks} acknowledged writes; write pauses of switchovers: {pauses:.3?}", rounds());
+    println!("{} rounds of each, {acks} acknowledged writes; write pauses of switchovers: {pauses:.3?}", rounds());
     Ok(())
 }
 
