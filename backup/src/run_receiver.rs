@@ -15,7 +15,7 @@ use understudy_common::{
     checksum::{digest, is_zero},
     mutant::Mutant,
     record::{self, DecodeError},
-    state::GroupState,
+    state::{GroupState, Snapshot},
     store::{HeldSnapshot, LayerReader, ModeError, NewRun, ReadFailure, RunContent, Store, SubmitError},
     types::{GroupId, LayerId, Lsn, Position, SnapshotId, Uid, VolumeId, VolumeSpec},
 };
@@ -131,10 +131,17 @@ impl Receiver {
             // A run of another primary may have the same number.
             (known.and_then(|g| g.run.clone()).filter(|r| r.id == run && r.cut == cut), committed, position)
         });
-        let wanted = &request.snapshot_ids;
+        // Whole: a side of a split may have deleted a volume that the other one kept.
+        let stays = |volume: VolumeId| request.volumes.iter().any(|spec| spec.id == volume.0);
+        let whole = |snapshot: &Snapshot| {
+            let mut kept = snapshot.specs.iter().filter(|spec| stays(spec.id)).peekable();
+            kept.peek().is_some() && kept.all(|spec| snapshot.volume(spec.id).is_some())
+        };
         let held = || {
-            let ids = self.store.with_state(|s| s.snapshots_of(group).map(|s| s.id.0).collect::<Vec<_>>());
-            ids.into_iter().filter(|id| wanted.contains(id)).collect()
+            self.store.with_state(|state| {
+                let held = state.snapshots_of(group).filter(|s| request.snapshot_ids.contains(&s.id.0) && whole(s));
+                held.map(|snapshot| snapshot.id.0).collect()
+            })
         };
         if committed {
             (answer.committed, answer.snapshot_ids) = (true, held());
