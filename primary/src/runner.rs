@@ -190,7 +190,7 @@ pub struct Runner {
     sent: VecDeque<Sent>,
     held_bytes: u64,
     /// Snapshots for users that the backup holds, of those that it was asked for.
-    held: Vec<SnapshotId>,
+    snapshots: Vec<SnapshotId>,
     counts: RunCounts,
 }
 
@@ -223,7 +223,7 @@ impl Runner {
             opening: 0,
             next_batch: 1,
             at: (0, 0),
-            held: Vec::new(),
+            snapshots: Vec::new(),
             queue: VecDeque::new(),
             sent: VecDeque::new(),
             held_bytes: 0,
@@ -399,7 +399,7 @@ impl Runner {
             return Err(RunError::Answer("a begin that was not asked for"));
         }
         check_refusal(answer.refusal)?;
-        self.held = answer.snapshot_ids.iter().copied().map(SnapshotId).collect();
+        self.snapshots = answer.snapshot_ids.iter().copied().map(SnapshotId).collect();
         if answer.committed {
             return self.finish(time_unix_ms);
         }
@@ -473,7 +473,7 @@ impl Runner {
 
     /// The run is committed on the backup: what it carried is cleared here.
     fn finish(&mut self, time_unix_ms: i64) -> Result<(), RunError> {
-        self.store.clear(self.group, self.run.id, &self.held, time_unix_ms)?;
+        self.store.clear(self.group, self.run.id, &self.snapshots, time_unix_ms)?;
         self.counts.done_bytes = self.counts.total_bytes;
         self.step = Step::Done;
         Ok(())

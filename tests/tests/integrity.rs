@@ -2,7 +2,10 @@
 //!
 //! `UNDERSTUDY_SEEDS` is the number of seeds, `UNDERSTUDY_SEED` the first one; a failure prints the seed to repeat.
 
-use understudy_sim::integrity::{self, Counts, PATHS};
+use understudy_sim::{
+    Counts,
+    integrity::{self, PATHS},
+};
 
 const STEPS: u32 = 1500;
 

@@ -19,7 +19,7 @@ use rand::{
 };
 use rand_pcg::Pcg64Mcg;
 use understudy_backup::{
-    receiver::{FrameRefusal, Hello, PROTOCOL, Receiver},
+    receiver::{FrameRefusal, Receiver},
     run_receiver::RunRefusal,
 };
 use understudy_common::{
@@ -41,22 +41,11 @@ use understudy_primary::{
 };
 use understudy_proto::{convert, v1};
 
-use crate::Violation;
+use crate::{BLOCK, Counts, Outcome, SEGMENT, Violation, broken, hello};
 
-const BLOCK: usize = 512;
-const SEGMENT: u32 = 64 * 1024;
 const BLOCKS: u64 = 600;
 const VOLUMES: [VolumeId; 2] = [VolumeId(1), VolumeId(2)];
 const DEVICE: &str = "device";
-
-type Outcome = Result<(), Violation>;
-
-fn broken(what: impl Into<String>) -> Violation {
-    Violation(what.into())
-}
-
-/// How often something happened.
-pub type Counts = BTreeMap<&'static str, u64>;
 
 /// Paths that a number of seeds must have reached.
 pub const PATHS: &[&str] = &[
@@ -371,19 +360,7 @@ impl World {
     // --- the link
 
     fn attach(&mut self) -> Outcome {
-        let (identity, durable) = (self.primary.store.identity(), self.primary.store.marks().borrow().durable);
-        let hello = Hello {
-            pair: identity.pair,
-            instance: identity.instance,
-            generation: identity.generation,
-            generation_id: identity.generation_id,
-            protocol: PROTOCOL,
-            segment_bytes: SEGMENT,
-            durable,
-            groups: Some(self.primary.store.shipped_groups()),
-            history: self.primary.store.history(),
-            lives: Lives::default(),
-        };
+        let hello = hello(&self.primary.store, Lives::default());
         let session = Uid(self.rng.random());
         let (positions, _) = self.receiver.attach(&hello, session).map_err(|e| broken(e.to_string()))?;
         self.backup.commit();

@@ -36,9 +36,10 @@ use std::{
 
 use rand::{Rng, SeedableRng};
 use rand_pcg::Pcg64Mcg;
-use understudy_backup::receiver::Receiver;
+use understudy_backup::receiver::{Hello, PROTOCOL, Receiver};
 use understudy_common::{
-    store::{ImageReader, Role},
+    lives::Lives,
+    store::{ImageReader, Role, Store},
     types::{Lsn, VolumeId},
 };
 use understudy_primary::sender::{Sender, Welcome};
@@ -69,6 +70,23 @@ type Outcome = Result<(), Violation>;
 
 fn broken(what: impl Into<String>) -> Violation {
     Violation(what.into())
+}
+
+/// What a primary says of itself when it attaches.
+fn hello(store: &Store, lives: Lives) -> Hello {
+    let identity = store.identity();
+    Hello {
+        pair: identity.pair,
+        instance: identity.instance,
+        generation: identity.generation,
+        generation_id: identity.generation_id,
+        protocol: PROTOCOL,
+        segment_bytes: SEGMENT,
+        durable: store.marks().borrow().durable,
+        groups: Some(store.shipped_groups()),
+        history: store.history(),
+        lives,
+    }
 }
 
 /// What a run was made of; decided by the seed ("swarm": each run has some faults and not others).

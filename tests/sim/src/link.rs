@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use rand::Rng;
-use understudy_backup::receiver::{FrameRefusal, Hello, PROTOCOL};
+use understudy_backup::receiver::FrameRefusal;
 use understudy_common::{
     lives::Lives,
     store::{ModeError, SubmitError},
@@ -17,7 +17,7 @@ use understudy_common::{
 use understudy_primary::sender::{SendError, Sender, Welcome};
 use understudy_proto::{convert, v1};
 
-use super::{Outcome, SEGMENT, World, broken, trace};
+use super::{Outcome, World, broken, hello, trace};
 
 /// Frames and answers of one connection.
 pub(super) struct Wire {
@@ -65,19 +65,7 @@ impl World {
     }
 
     fn attach(&mut self) -> Outcome {
-        let identity = self.primary.store().identity();
-        let hello = Hello {
-            pair: identity.pair,
-            instance: identity.instance,
-            generation: identity.generation,
-            generation_id: identity.generation_id,
-            protocol: PROTOCOL,
-            segment_bytes: SEGMENT,
-            durable: self.primary.store().marks().borrow().durable,
-            groups: Some(self.primary.store().shipped_groups()),
-            history: self.primary.store().history(),
-            lives: Lives::default(),
-        };
+        let hello = hello(self.primary.store(), Lives::default());
         let session = Uid(self.rng.random());
         match self.receiver.as_mut().expect("the backup is up").attach(&hello, session) {
             Ok((positions, drained)) => {

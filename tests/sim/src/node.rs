@@ -1,6 +1,6 @@
 //! One node: its disk, its store, what it has under way, and how it dies.
 
-use std::{collections::VecDeque, io, sync::Arc};
+use std::{collections::VecDeque, io, ops::Range, sync::Arc};
 
 use rand::{Rng, seq::IteratorRandom};
 use rand_pcg::Pcg64Mcg;
@@ -63,6 +63,9 @@ pub(super) struct Node {
     /// What the newest batch on disk calls durable; `None` until there was one.
     pub durable_before: Option<Lsn>,
 }
+
+/// Of a device that is added.
+const DEVICE_SEGMENTS: Range<u64> = 4..40;
 
 fn device_bytes(segments: u64) -> u64 {
     4096 + 1024 * 512 + segments * u64::from(SEGMENT)
@@ -167,7 +170,9 @@ impl Node {
                     let result = job.run();
                     store.finish_apply(job, result);
                 }
-                self.finish_relocation(summary);
+                if self.finish_relocation() {
+                    summary.count("segments moved off a device", 1);
+                }
             }
             20 | 21 => {
                 store.sweep();
@@ -195,12 +200,13 @@ impl Node {
         }
     }
 
-    fn finish_relocation(&mut self, summary: &mut Summary) {
-        if let Some(mut job) = self.relocation.take() {
-            let result = job.run();
-            summary.count("segments moved off a device", u64::from(result.is_ok()));
-            self.store().finish_relocation(job, result);
-        }
+    /// True if segments were moved.
+    fn finish_relocation(&mut self) -> bool {
+        let Some(mut job) = self.relocation.take() else { return false };
+        let result = job.run();
+        let moved = result.is_ok();
+        self.store().finish_relocation(job, result);
+        moved
     }
 
     /// Somebody adds a device, drains one, or thinks better of it.
@@ -216,7 +222,9 @@ impl Node {
         };
         let serving = of(&[DeviceStanding::Serving]);
         let (what, changed) = match rng.random_range(0..6) {
-            choice if serving.len() == 1 || choice < 2 && serving.len() < 4 => ("devices added", self.add_device(rng)),
+            choice if serving.len() == 1 || choice < 2 && serving.len() < 4 => {
+                ("devices added", self.add_device(rng.random_range(DEVICE_SEGMENTS)))
+            }
             2..5 => match serving.into_iter().choose(rng) {
                 Some(path) => ("devices to be drained", store.drain_device(&path)),
                 None => return Ok(()),
@@ -235,17 +243,14 @@ impl Node {
         Ok(())
     }
 
-    fn add_device(&mut self, rng: &mut Pcg64Mcg) -> Result<u16, MemberError> {
+    fn add_device(&mut self, segments: u64) -> Result<u16, MemberError> {
         self.devices += 1;
-        let size_bytes = device_bytes(rng.random_range(4..40));
-        self.store().add_device(&format!("device{}", self.devices), Some(size_bytes))
+        self.store().add_device(&format!("device{}", self.devices), Some(device_bytes(segments)))
     }
 
     /// Space for one whose pool is full for good.
     pub fn add_space(&mut self) -> Outcome {
-        self.devices += 1;
-        let added = self.store().add_device(&format!("device{}", self.devices), Some(device_bytes(64)));
-        added.map(drop).map_err(|error| broken(format!("the {} gets no space: {error}", self.role)))
+        self.add_device(64).map(drop).map_err(|error| broken(format!("the {} gets no space: {error}", self.role)))
     }
 
     fn take_batch(&mut self) {
@@ -290,10 +295,7 @@ impl Node {
     /// Applies what is durable and makes a checkpoint, whatever else is under way.
     pub fn checkpoint_now(&mut self) {
         let store = Arc::clone(self.store());
-        if let Some(mut job) = self.relocation.take() {
-            let result = job.run();
-            store.finish_relocation(job, result);
-        }
+        self.finish_relocation();
         while let Some(mut job) = self.apply.take().or_else(|| store.take_apply()) {
             let result = job.run();
             store.finish_apply(job, result);
@@ -376,7 +378,7 @@ impl Node {
                 store.grow();
             }
             if self.devices > 0 && rng.random_bool(0.2) {
-                let _ = self.add_device(rng);
+                let _ = self.add_device(rng.random_range(DEVICE_SEGMENTS));
             }
             if let Some(mut job) = self.relocation.take() {
                 let _ = job.run();

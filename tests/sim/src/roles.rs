@@ -20,7 +20,7 @@ use std::{
 use bytes::Bytes;
 use rand::{Rng, SeedableRng, seq::IteratorRandom};
 use rand_pcg::Pcg64Mcg;
-use understudy_backup::receiver::{AttachRefusal, Hello, PROTOCOL, Receiver};
+use understudy_backup::receiver::{AttachRefusal, Receiver};
 use understudy_common::{
     history::Relation,
     journal::JournalConfig,
@@ -41,7 +41,7 @@ use understudy_primary::{
 };
 use understudy_proto::convert;
 
-use super::{BLOCK, Outcome, SEGMENT, Summary, Violation, broken, delta::port, model::Stamp};
+use super::{BLOCK, Outcome, SEGMENT, Summary, Violation, broken, delta::port, hello, model::Stamp};
 
 /// Paths that a large number of seeds must have reached.
 pub const PATHS: &[&str] = &[
@@ -471,9 +471,8 @@ impl World {
 
     fn delete(&mut self, host: usize) -> Outcome {
         let store = Arc::clone(self.hosts[host].store());
-        let specs = served(&store).into_iter();
-        let mut specs = specs.filter(|spec| store.with_state(|s| s.groups[&spec.group].volumes.len() > 1));
-        let Some(spec) = specs.by_ref().choose(&mut self.rng) else { return Ok(()) };
+        let kept = |spec: &VolumeSpec| store.with_state(|s| s.groups[&spec.group].volumes.len() > 1);
+        let Some(spec) = served(&store).into_iter().filter(kept).choose(&mut self.rng) else { return Ok(()) };
         if self.hosts[host].told {
             return Ok(());
         }
@@ -952,18 +951,7 @@ impl World {
             self.crash(primary)?;
             return Ok(false);
         };
-        let hello = Hello {
-            pair: identity.pair,
-            instance: identity.instance,
-            generation: identity.generation,
-            generation_id: identity.generation_id,
-            protocol: PROTOCOL,
-            segment_bytes: SEGMENT,
-            durable: ours.marks().borrow().durable,
-            groups: Some(ours.shipped_groups()),
-            history: ours.history(),
-            lives,
-        };
+        let hello = hello(&ours, lives);
         let id = Uid(self.rng.random());
         let receiver = self.hosts[backup].receiver.as_mut().expect("a backup");
         let positions = match receiver.attach(&hello, id) {

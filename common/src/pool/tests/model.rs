@@ -164,12 +164,7 @@ struct World {
     next_device: u32,
     next: u32,
     next_volume: u64,
-    pub crashes: u32,
-    /// Of them, within an operation or a recovery.
-    pub deaths: u32,
-    /// Segments moved, and devices removed.
-    pub moved: u64,
-    pub removed: u32,
+    seen: Seen,
 }
 
 impl World {
@@ -206,10 +201,7 @@ impl World {
             next_device: 2,
             next: 0,
             next_volume: 3,
-            crashes: 0,
-            deaths: 0,
-            moved: 0,
-            removed: 0,
+            seen: Seen::default(),
         };
         // Sizes that end inside a segment.
         for spec in [spec(1, 4096, 200 * 65536 - 3 * 4096), spec(2, 512, 200 * 65536 - 5 * 512)] {
@@ -299,7 +291,7 @@ impl World {
             self.storage.crash_after(self.rng.random_range(1..20));
         }
         if self.try_step().is_err() {
-            self.deaths += 1;
+            self.seen.deaths += 1;
             self.crash();
         }
     }
@@ -462,7 +454,7 @@ impl World {
         }
         self.pool().checkpoint_done(capture.id());
         for removed in self.pool().take_removed() {
-            self.removed += 1;
+            self.seen.removed += 1;
             self.pool().on_wiped(removed.number);
             if self.rng.random_bool(0.8) {
                 let wiped = removed.wipe();
@@ -566,7 +558,7 @@ impl World {
             let (first, count) = self.some_range(&v, 20);
             self.pool().allocation_need(BlockRange { volume: v.spec.id, first, count }).unwrap();
         }
-        self.moved += job.segments();
+        self.seen.moved += job.segments();
         self.pool().finish_relocation(&job).unwrap();
         Ok(())
     }
@@ -622,7 +614,7 @@ impl World {
     /// The power fails, and may fail again while the node comes back.
     fn crash(&mut self) {
         loop {
-            self.crashes += 1;
+            self.seen.crashes += 1;
             self.readers.clear();
             self.capture = None;
             self.pool = None;
@@ -634,7 +626,7 @@ impl World {
             if self.recover().is_ok() {
                 return;
             }
-            self.deaths += 1;
+            self.seen.deaths += 1;
         }
     }
 
@@ -868,8 +860,11 @@ pub(super) fn run_seed(seed: u64, steps: u32) -> Seen {
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Seen {
     crashes: u32,
+    /// Of them, within an operation or a recovery.
     deaths: u32,
+    /// Segments.
     moved: u64,
+    /// Devices.
     removed: u32,
 }
 
@@ -883,7 +878,7 @@ fn run_seed_looking(seed: u64, steps: u32, images_every: u32) -> Seen {
         }
     }
     world.finish();
-    Seen { crashes: world.crashes, deaths: world.deaths, moved: world.moved, removed: world.removed }
+    world.seen
 }
 
 #[test]
